@@ -1,0 +1,270 @@
+"""Settings: what a model is made of, how it runs, and how it is trained."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from tokenstep.errors import TokenstepError
+
+T = TypeVar("T")
+
+RGB = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The CNN that looks for superpatches.
+
+    ``scale`` is the resolution it reads the picture at; ``stages`` are the feature stages of the
+    timm ``trunk`` that feed its pyramid (stage k has stride ``2 ** (k + 1)`` in EfficientNets).
+    """
+
+    trunk: str = "mobilenetv3_small_100"
+    stages: tuple[int, ...] = (1, 2, 3)
+    sizes: tuple[int, ...] = (2, 4, 8, 16)
+    width: int = 64
+    scale: float = 0.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to save: the thresholds of one operating point.
+
+    ``merge`` holds one threshold in 0..1 per superpatch size and ``exits`` one per exit; empty
+    means that the mechanism is off, and both empty is the dense model.
+    """
+
+    merge: tuple[float, ...] = ()
+    exits: tuple[float, ...] = ()
+    spare: int = 5
+
+    def without_merging(self) -> "Settings":
+        """The same with merging off."""
+        return Settings((), self.exits, self.spare)
+
+    def without_exits(self) -> "Settings":
+        """The same with exits off."""
+        return Settings(self.merge, (), self.spare)
+
+
+DENSE = Settings()
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """The ViT and what is built around it.
+
+    ``name`` is any timm ViT with global attention; ``patch``, ``depth`` and ``image_size`` (h, w;
+    the grid of the position table) override its own where given. ``stem`` "conv" puts a small
+    convolutional stem in place of its patch embedding; ``sub_patches`` adds a zero-initialised
+    projection of a supertoken's patches; ``size_bias`` lets a supertoken weigh as much as its
+    patches in attention. ``exits`` are counts of blocks run; ``cells`` is the side of the
+    sub-grid of logits per token.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    patch: int | None = None
+    depth: int | None = None
+    image_size: tuple[int, int] | None = None
+    stem: Literal["linear", "conv"] = "linear"
+    sub_patches: bool = False
+    size_bias: bool = False
+    exits: tuple[int, ...] = ()
+    decoder: Literal["linear", "mask"] = "linear"
+    cells: Literal[1, 2, 4] = 1
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that a StepSegmenter is built from.
+
+    Pictures are normalised by ``mean`` and ``std`` after scaling to 0..1. ``settings`` are what
+    the model runs at unless it is told otherwise.
+    """
+
+    classes: tuple[str, ...]
+    palette: tuple[RGB, ...]
+    vit: VitConfig = field(default_factory=VitConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    settings: Settings = DENSE
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def from_dict(kind: type[T], data: object, where: str) -> T:
+    """Build the dataclass ``kind`` from parsed JSON or TOML, nested ones too.
+
+    Lists become tuples. Unknown keys and wrong types are errors, which name ``where``.
+
+    Raises:
+        TokenstepError: names the key, what was expected and what came.
+    """
+    return cast(T, _convert(kind, data, where))
+
+
+def _convert(kind: Any, value: object, where: str) -> object:
+    origin, args = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _dataclass(kind, value, where)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not NoneType), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise TokenstepError(f"{where}: expected one of {list(args)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TokenstepError(f"{where}: expected a list, got {value!r}")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            raise TokenstepError(f"{where}: expected {len(kinds)} values, got {len(value)}")
+        return tuple(
+            _convert(inner, entry, f"{where}[{index}]")
+            for index, (inner, entry) in enumerate(zip(kinds, value, strict=True))
+        )
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TokenstepError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _dataclass(kind: Any, value: object, where: str) -> object:
+    if not isinstance(value, dict):
+        raise TokenstepError(f"{where}: expected a table of settings, got {value!r}")
+    hints = get_type_hints(kind)
+    known = [entry.name for entry in fields(kind)]
+    for key in value:
+        if key not in known:
+            raise TokenstepError(f"{where}: unknown key {key!r}, known are {', '.join(known)}")
+    for entry in fields(kind):
+        needed = entry.default is MISSING and entry.default_factory is MISSING
+        if needed and entry.name not in value:
+            raise TokenstepError(f"{where}: the key {entry.name!r} is missing")
+    return kind(**{key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The labelled folder and its augmentation.
+
+    ``train_names`` and ``val_names`` are patterns of picture names; "!" before one excludes it.
+    ``scale`` is the range of random scaling, ``colour`` the strength of random colour, ``rotate``
+    adds quarter turns (for pictures without an up), ``cache`` keeps decoded pictures in memory.
+    """
+
+    root: str
+    train_split: str = "train"
+    val_split: str = "val"
+    train_names: tuple[str, ...] = ("*",)
+    val_names: tuple[str, ...] = ("*",)
+    scale: tuple[float, float] = (0.5, 2.0)
+    flip: bool = True
+    rotate: bool = False
+    colour: float = 0.4
+    cache: bool = True
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop: precision, devices and how often to write and look.
+
+    ``val_every`` and ``save_every`` are steps; ``val_pictures`` limits the look while training.
+    """
+
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accelerator: str = "auto"
+    devices: int = 1
+    save_every: int = 100
+    val_every: int = 500
+    val_pictures: int = 32
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training: AdamW with warm-up and cosine decay of the learning rate.
+
+    ``dense_share`` is the share of pictures that run unmerged, so that the model is good both
+    ways; ``pruning`` lets exits halt tokens at the model's own thresholds.
+    """
+
+    steps: int
+    batch: int
+    crop: tuple[int, int]
+    lr: float = 5e-4
+    warmup: int = 100
+    weight_decay: float = 0.05
+    dense_share: float = 0.1
+    pruning: bool = False
+
+
+@dataclass(frozen=True)
+class PolicyRecipe:
+    """How to train a policy: recipes/*_policy.toml. ``tolerance`` is the impurity let pass."""
+
+    data: DataConfig
+    phases: tuple[Phase, ...]
+    patch: int
+    out: str
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tolerance: float = 0.0
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True)
+class SegmenterRecipe:
+    """How to train a segmenter with a frozen policy: recipes/*.toml.
+
+    ``policy_weights`` is the folder that ``train policy`` wrote. ``class_balance`` is the power of
+    the class weights (0: none), ``exit_weight`` the weight of all exits' losses together.
+    """
+
+    data: DataConfig
+    phases: tuple[Phase, ...]
+    policy_weights: str
+    out: str
+    settings: Settings
+    vit: VitConfig = field(default_factory=VitConfig)
+    class_balance: float = 0.0
+    exit_weight: float = 0.5
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe from a TOML file; ``overrides`` such as ``data.root=DIR`` go on top.
+
+    A value of an override is TOML where it parses as such, else text.
+
+    Raises:
+        TokenstepError: the file is missing or no TOML, or a key is unknown or of a wrong type.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise TokenstepError(f"{path}: cannot read the recipe ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TokenstepError(f"{path}: is no TOML file ({error})") from error
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign:
+            raise TokenstepError(f"{override!r}: an override reads KEY=VALUE, as data.root=DIR")
+        try:
+            value: object = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = data
+        *parents, name = key.split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise TokenstepError(f"{override!r}: {parent!r} is no table of {path}")
+        table[name] = value
+    return from_dict(kind, data, str(path))

@@ -1,0 +1,90 @@
+"""What is measured: one confusion matrix per data set, and how far boundaries hold."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenstep.data import IGNORE
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Quality on a data set, all 0 to 1; a class that never occurs has no IoU."""
+
+    miou: float
+    iou: tuple[float | None, ...]
+    accuracy: float
+    boundary_iou: float
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Pixels of each true class (rows) that were given each class, ``(C, C)`` int64.
+
+    Both maps have one shape; ignored pixels are left out.
+    """
+    valid = labels != IGNORE
+    flat = labels[valid].long() * classes + predicted[valid].long()
+    return torch.bincount(flat, minlength=classes * classes).view(classes, classes)
+
+
+def iou_of(confusion: Tensor) -> Tensor:
+    """Intersection over union per class ``(C,)`` float64; NaN where a class never occurs."""
+    hit = confusion.diag().double()
+    return hit / (confusion.sum(0) + confusion.sum(1) - confusion.diag())
+
+
+def interior(labels: Tensor, distance: int) -> Tensor:
+    """Mask of the pixels all of whose neighbours within ``distance`` have their own label.
+
+    ``labels`` is ``(h, w)``; beyond the picture there is nothing to differ.
+    """
+    high, low = labels[None].float(), -labels[None].float()
+    side = 2 * distance + 1
+    for kernel, padding in (((side, 1), (distance, 0)), ((1, side), (0, distance))):
+        high = F.max_pool2d(high, kernel, stride=1, padding=padding)
+        low = F.max_pool2d(low, kernel, stride=1, padding=padding)
+    return (high == -low)[0]
+
+
+class Tally:
+    """Sums over a data set, from which the scores follow.
+
+    mIoU comes from one summed confusion matrix. Boundary IoU (arXiv 2103.16562) compares each
+    class's band of pixels within 2 % of the diagonal of a boundary, also summed over the set;
+    unlike there, the picture's own border is no boundary.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        self.shared = torch.zeros(classes, dtype=torch.int64)
+        self.either = torch.zeros(classes, dtype=torch.int64)
+
+    def add(self, predicted: Tensor, labels: Tensor) -> None:
+        """Count one picture: two uint8 maps ``(h, w)``."""
+        self.confusion += confusion_matrix(predicted, labels, self.classes)
+        height, width = labels.shape
+        distance = max(1, round(0.02 * (height**2 + width**2) ** 0.5))
+        valid = labels != IGNORE
+        bands = [
+            torch.where(valid & ~interior(which, distance), which.long(), self.classes)
+            for which in (predicted, labels)
+        ]
+        counts = [torch.bincount(band.flatten(), minlength=self.classes + 1) for band in bands]
+        shared = torch.bincount(bands[0][bands[0] == bands[1]], minlength=self.classes + 1)
+        self.shared += shared[:-1]
+        self.either += (counts[0] + counts[1] - shared)[:-1]
+
+    def scores(self) -> Scores:
+        """The scores of all pictures so far."""
+        iou = iou_of(self.confusion)
+        boundary = self.shared.double() / self.either
+        total = int(self.confusion.sum())
+        return Scores(
+            miou=float(iou.nanmean()),
+            iou=tuple(None if bool(value.isnan()) else float(value) for value in iou),
+            accuracy=float(self.confusion.diag().sum()) / max(total, 1),
+            boundary_iou=float(boundary.nanmean()),
+        )

@@ -1,0 +1,1 @@
+"""The stages of the model, one file each, in the order of the data flow."""

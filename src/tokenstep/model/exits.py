@@ -1,0 +1,105 @@
+"""Stage 4 of 6: early pruning. Exit heads halt the tokens that are already sure.
+
+STEP (arXiv 2509.14165) and DToP (ICCV 2023) halt tokens whose confidence passes a threshold and
+keep the few surest of each class as context. Their heads are attention modules; these are a norm
+and a linear layer on purpose, since their cost is what ate STEP's speed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tokenstep import ragged
+from tokenstep.reducers.base import Halt
+from tokenstep.tokens import PackedTokens
+
+
+class TokenHead(nn.Module):
+    """Norm and linear layer: features ``(T, D)`` -> logits ``(T, S, C)``."""
+
+    def __init__(self, dim: int, classes: int, side: int) -> None:
+        super().__init__()
+        self.sub_cells = side**2
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, self.sub_cells * classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify every row, each sub-cell on its own."""
+        logits: Tensor = self.linear(self.norm(x))
+        return logits.unflatten(-1, (self.sub_cells, -1))
+
+
+class ExitHeads(nn.Module):
+    """One :class:`TokenHead` after each of the blocks ``after`` (1 = the first block)."""
+
+    def __init__(self, after: Sequence[int], dim: int, classes: int, side: int) -> None:
+        super().__init__()
+        self.after = tuple(after)
+        self.heads = nn.ModuleList(TokenHead(dim, classes, side) for _ in after)
+
+    def forward(self, x: Tensor, exit_index: int) -> Tensor:
+        """Logits ``(T, S, C)`` of exit number ``exit_index``."""
+        logits: Tensor = self.heads[exit_index](x)
+        return logits
+
+
+class EarlyPruning:
+    """The reducer of STEP's second half: halts sure tokens at the exits.
+
+    ``thresholds`` holds one confidence per exit; ``spare`` is how many of the surest tokens of
+    each predicted class stay in each picture as context although they passed.
+    """
+
+    def __init__(self, exits: ExitHeads, thresholds: Sequence[float], spare: int) -> None:
+        if len(thresholds) != len(exits.after):
+            raise ValueError(
+                f"one threshold per exit: the model has exits after blocks {exits.after}, "
+                f"got {len(thresholds)} thresholds"
+            )
+        self.exits = exits
+        self.thresholds = tuple(thresholds)
+        self.spare = spare
+
+    def __call__(self, tokens: PackedTokens, blocks_run: int) -> Halt | None:
+        """Halt what is sure after ``blocks_run`` blocks, if there is an exit."""
+        if blocks_run not in self.exits.after:
+            return None
+        index = self.exits.after.index(blocks_run)
+        logits = self.exits(tokens.x, index)
+        confidence, predicted = confidence_of(logits)
+        passed = (confidence > self.thresholds[index]) & ~tokens.is_prefix
+        return Halt(passed & ~self.spared(tokens, confidence, predicted, passed), logits)
+
+    def spared(
+        self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, passed: Tensor
+    ) -> Tensor:
+        """Mask ``(T,)`` of the ``spare`` surest passing tokens of each class in each picture."""
+        classes = int(self.exits.heads[0].linear.out_features)
+        # Rows that did not pass form a group of their own behind every picture's classes.
+        group = tokens.picture() * (classes + 1) + torch.where(passed, predicted, classes)
+        return passed & (ragged.rank_within(confidence, group) < self.spare)
+
+
+def confidence_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence ``(T,)`` in 0..1 and class ``(T,)`` of each token from ``logits (T, S, C)``.
+
+    The confidence is the mean over sub-cells of the top probability, so that a token across a
+    boundary may halt when both of its sides are sure; its class is the one with the most mass.
+    """
+    probabilities = logits.detach().float().softmax(dim=-1)
+    return probabilities.amax(dim=-1).mean(dim=-1), probabilities.mean(dim=1).argmax(dim=-1)
+
+
+class DeepSupervision:
+    """A reducer that halts nothing and keeps each exit's logits, for training with all heads."""
+
+    def __init__(self, exits: ExitHeads) -> None:
+        self.exits = exits
+        self.seen: list[tuple[PackedTokens, Tensor]] = []
+
+    def __call__(self, tokens: PackedTokens, blocks_run: int) -> None:
+        """Record the tokens and logits of the exit after ``blocks_run`` blocks, if there is one."""
+        if blocks_run in self.exits.after:
+            index = self.exits.after.index(blocks_run)
+            self.seen.append((tokens, self.exits(tokens.x, index)))

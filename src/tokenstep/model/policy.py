@@ -1,0 +1,108 @@
+"""Stage 1 of 6: picture -> homogeneity scores, one map per superpatch size (dCTS).
+
+STEP (arXiv 2509.14165) merges 2x2 to 16x16 patches where a light CNN is sure that they show one
+class; the trunk, pyramid and heads here are ours (CTS, CVPR 2023, used EfficientNet-Lite0).
+"""
+
+from typing import cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenstep.config import PolicyConfig
+from tokenstep.model.superpatches import level_of
+
+STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
+
+
+class Policy(nn.Module):
+    """Scores how surely each superpatch shows one class.
+
+    Raises:
+        ValueError: the trunk is no timm model with features, or a size is no power of two.
+    """
+
+    def __init__(self, config: PolicyConfig, patch: int) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = patch
+        for size in config.sizes:
+            level_of(size)
+        if config.trunk not in timm.list_models(module="", pretrained=False):
+            raise ValueError(f"policy trunk {config.trunk!r} is not a timm model")
+        # "getter" also prunes the stages behind the last one that is used.
+        self.trunk = timm.create_model(
+            config.trunk,
+            pretrained=False,
+            features_only=True,
+            feature_cls="getter",
+            out_indices=config.stages,
+        )
+        width = config.width
+        channels = self.trunk.feature_info.channels()
+        self.lateral = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
+        self.smooth = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        # Homogeneity is "no boundary anywhere inside": the maximum finds one, the mean weighs it.
+        self.heads = nn.ModuleList(nn.Conv2d(2 * width, 1, 1) for _ in config.sizes)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Score ``images (B, 3, h, w)``, normalised; one logit map ``(B, H // s, W // s)`` a size.
+
+        ``H`` and ``W`` are the patch grid, rounded up; what hangs over is padded with the border.
+        """
+        height, width = images.shape[2:]
+        grid = (-(-height // self.patch), -(-width // self.patch))
+        coarsest = max(self.config.sizes)
+        # Whole superpatches of the coarsest size, so that every map is an exact pooling of one.
+        whole = tuple(-(-side // coarsest) * coarsest for side in grid)
+        fused = self.pyramid(self.read(images, whole), whole)
+        scores = []
+        finest = min(self.config.sizes)
+        for size, head in zip(self.config.sizes, self.heads, strict=True):
+            ratio = size // finest
+            pooled = torch.cat([F.max_pool2d(fused, ratio), F.avg_pool2d(fused, ratio)], dim=1)
+            score = head(pooled).squeeze(1)
+            scores.append(score[:, : grid[0] // size, : grid[1] // size])
+        return scores
+
+    def read(self, images: Tensor, whole: tuple[int, ...]) -> Tensor:
+        """Pad to ``whole`` patches and scale to the resolution that the policy reads at."""
+        height, width = images.shape[2:]
+        full = (whole[0] * self.patch, whole[1] * self.patch)
+        padding = (0, full[1] - width, 0, full[0] - height)
+        padded = F.pad(images, padding, mode="replicate")
+        target = tuple(max(STRIDE, round(side * self.config.scale / STRIDE) * STRIDE) for side in full)
+        if target == full:
+            return padded
+        if all(side % new == 0 for side, new in zip(full, target, strict=True)):
+            step = (full[0] // target[0], full[1] // target[1])
+            return F.avg_pool2d(padded, step)
+        return F.interpolate(padded, target, mode="bilinear", antialias=True, align_corners=False)
+
+    def pyramid(self, picture: Tensor, whole: tuple[int, ...]) -> Tensor:
+        """Fuse the trunk's maps top-down onto the grid of the finest superpatch size."""
+        finest = min(self.config.sizes)
+        target = (whole[0] // finest, whole[1] // finest)
+        fused: Tensor | None = None
+        for lateral, features in reversed(
+            list(zip(self.lateral, self.trunk(picture), strict=True))
+        ):
+            level = lateral(features)
+            if fused is not None:
+                level = level + _resize(fused, level.shape[2:])
+            fused = level
+        assert fused is not None
+        return cast(Tensor, self.smooth(_resize(fused, target)))
+
+
+def _resize(features: Tensor, target: tuple[int, ...]) -> Tensor:
+    """Bilinear upwards, average downwards."""
+    if features.shape[2:] == torch.Size(target):
+        return features
+    if all(old >= new for old, new in zip(features.shape[2:], target, strict=True)):
+        return F.adaptive_avg_pool2d(features, list(target))
+    return F.interpolate(features, list(target), mode="bilinear", align_corners=False)

@@ -1,0 +1,142 @@
+"""Stage 1b of 6: homogeneity scores -> a partition of the grid into superpatches.
+
+A partition is ``level (B, H, W)`` int8: the cell lies in a superpatch of side ``2 ** level``
+patches, aligned at multiples of its side; 0 is a single patch, -1 lies outside the picture.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def uniform(grids: Sequence[Grid], device: torch.device | None = None) -> Tensor:
+    """The partition without merging: every cell of every picture is a single patch."""
+    height, width = (max(side) for side in zip(*grids, strict=True))
+    rows = torch.arange(height, device=device).view(1, -1, 1)
+    columns = torch.arange(width, device=device).view(1, 1, -1)
+    bounds = torch.tensor(grids, device=device)
+    inside = (rows < bounds[:, 0].view(-1, 1, 1)) & (columns < bounds[:, 1].view(-1, 1, 1))
+    return inside.to(torch.int8) - 1
+
+
+def from_scores(
+    scores: Sequence[Tensor], sizes: Sequence[int], thresholds: Sequence[float], empty: Tensor
+) -> Tensor:
+    """Take superpatches coarse to fine where their score passes and no larger one covers them.
+
+    ``scores[k]`` is ``(B, H // sizes[k], W // sizes[k])`` in 0..1 and is taken where it is
+    greater than ``thresholds[k]``; ``empty`` is the partition without merging
+    (:func:`uniform`). A superpatch that would hang over its picture's border is not formed.
+
+    Raises:
+        ValueError: the three sequences differ in length, or a size is no power of two above 1.
+    """
+    if not len(scores) == len(sizes) == len(thresholds):
+        raise ValueError(
+            f"scores, sizes and thresholds must have one entry per size, "
+            f"got {len(scores)}, {len(sizes)} and {len(thresholds)}"
+        )
+    level = empty.clone()
+    for size, score, threshold in sorted(
+        zip(sizes, scores, thresholds, strict=True), key=lambda entry: -entry[0]
+    ):
+        rank = level_of(size)
+        free = _all_of(level == 0, size)
+        take = _spread(free & (score > threshold), size, level.shape)
+        level = torch.where(take, torch.full_like(level, rank), level)
+    return level
+
+
+def level_of(size: int) -> int:
+    """Level of a superpatch side: 2 -> 1, 4 -> 2, 8 -> 3, 16 -> 4."""
+    if size < 2 or size & (size - 1):
+        raise ValueError(f"a superpatch side must be a power of two above 1, got {size}")
+    return size.bit_length() - 1
+
+
+def purity(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:
+    """Share of each square's valid pixels that its most frequent class holds.
+
+    ``labels`` is ``(B, h, w)``; squares are ``side`` pixels wide, those that hang over the border
+    are left out: ``(B, h // side, w // side)`` float in 0..1. All-ignore squares count as 1.
+    """
+    counts = class_counts(labels, side, classes, ignore)
+    valid = counts.sum(dim=1)
+    return torch.where(valid > 0, counts.amax(dim=1) / valid.clamp(min=1), 1.0)
+
+
+def class_counts(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:
+    """Valid pixels of each class in each square, ``(B, C, h // side, w // side)`` float."""
+    height, width = (length // side * side for length in labels.shape[1:])
+    cut = labels[:, :height, :width].long()
+    onehot = F.one_hot(cut.where(cut != ignore, classes), classes + 1)[..., :classes]
+    return F.avg_pool2d(onehot.movedim(-1, 1).float(), side) * side**2
+
+
+def padded_labels(labels: Tensor, patch: int) -> Tensor:
+    """Fill ``labels (B, h, w)`` up to whole patches with ignored pixels."""
+    return F.pad(labels, (0, -labels.shape[2] % patch, 0, -labels.shape[1] % patch), value=255)
+
+
+def oracle(
+    labels: Tensor,
+    *,
+    patch: int,
+    sizes: Sequence[int],
+    classes: int,
+    tolerance: float = 0.0,
+) -> Tensor:
+    """The partition that merges exactly the superpatches of one class, from ``labels (B, h, w)``.
+
+    A superpatch counts as pure where its most frequent class holds at least ``1 - tolerance`` of
+    its valid pixels. The pictures must fill the batch: ``h`` and ``w`` are those of each.
+    """
+    batch = len(labels)
+    full = padded_labels(labels, patch)
+    grid = (full.shape[1] // patch, full.shape[2] // patch)
+    scores = [purity(full, size * patch, classes) for size in sizes]
+    # "at least" in terms of "greater than", safe against rounding of the share
+    bar = 1.0 - tolerance - 1e-6
+    return from_scores(scores, sizes, [bar] * len(sizes), uniform([grid] * batch, labels.device))
+
+
+def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A random partition with as many superpatches of each size as ``partition``, per picture.
+
+    Places are drawn coarse to fine among the free ones. Where chance leaves no room for a small
+    superpatch, fewer are placed (large ones are placed first, so that this is rare).
+    """
+    level = torch.where(partition < 0, -1, 0).to(partition.dtype)
+    for size in sorted(sizes, reverse=True):
+        rank = level_of(size)
+        wanted = (partition == rank).flatten(1).sum(1) // size**2
+        free = _all_of(level == 0, size)
+        draw = torch.rand(free.shape, generator=generator).to(free.device)
+        draw = torch.where(free, draw, 2.0).flatten(1)
+        place = draw.argsort(dim=1).argsort(dim=1)
+        chosen = (place < wanted.unsqueeze(1)).view(free.shape) & free
+        level = torch.where(_spread(chosen, size, level.shape), rank, level).to(partition.dtype)
+    return level
+
+
+def token_counts(partition: Tensor) -> Tensor:
+    """Tokens (superpatches and single patches) of each picture, ``(B,)`` int64."""
+    weight = torch.where(partition < 0, 0.0, 0.25 ** partition.clamp(min=0).double())
+    return weight.flatten(1).sum(1).round().long()
+
+
+def _all_of(mask: Tensor, size: int) -> Tensor:
+    """Whether all cells of each aligned ``size`` square hold, ``(B, H // size, W // size)``."""
+    height, width = (length // size for length in mask.shape[1:])
+    cut = mask[:, : height * size, : width * size]
+    return cut.reshape(len(mask), height, size, width, size).all(4).all(2)
+
+
+def _spread(chosen: Tensor, size: int, shape: torch.Size) -> Tensor:
+    """Mark all cells of the chosen squares on the full grid."""
+    cells = chosen.repeat_interleave(size, 1).repeat_interleave(size, 2)
+    return F.pad(cells, (0, shape[2] - cells.shape[2], 0, shape[1] - cells.shape[1]))

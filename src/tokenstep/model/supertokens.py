@@ -1,0 +1,248 @@
+"""Stage 2 of 6: picture + partition -> PackedTokens.
+
+A supertoken is the same patch embedding on the picture scaled down by its superpatch's side, at
+the position embedding pooled over the superpatch (as CTS does for 2x2, CVPR 2023). Only the
+selected superpatches are embedded.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tokenstep import ragged
+from tokenstep.model.superpatches import Grid
+from tokenstep.tokens import PackedTokens
+
+
+class LinearEmbed(nn.Module):
+    """timm's patch embedding on patches ``(n, 3, p, p)`` that were cut out before."""
+
+    margin = 0
+
+    def __init__(self, patch_embed: PatchEmbed) -> None:
+        super().__init__()
+        self.proj = patch_embed.proj
+        self.norm = patch_embed.norm
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """``(n, 3, p, p)`` -> ``(n, D)``."""
+        weight = self.proj.weight.flatten(1)
+        return cast(Tensor, self.norm(F.linear(windows.flatten(1), weight, self.proj.bias)))
+
+
+class ConvEmbed(nn.Module):
+    """A small convolutional stem on each patch and half a patch around it; ours.
+
+    It helps a ViT that is trained from scratch on few pictures to see edges (early convolutions,
+    arXiv 2106.14881). Cut per patch, so that it costs nothing for patches that were merged away.
+    """
+
+    def __init__(self, patch: int, dim: int, width: int = 32) -> None:
+        super().__init__()
+        self.margin = patch // 2
+        step = patch // 4
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 2 * step, stride=step),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 9, dim),  # two patches / step = 8 positions -> 7 -> 3 a side
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """``(n, 3, 2p, 2p)`` -> ``(n, D)``."""
+        return cast(Tensor, self.layers(windows))
+
+
+class Tokeniser(nn.Module):
+    """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them."""
+
+    def __init__(self, vit: VisionTransformer, embed: nn.Module, *, sub_patches: bool) -> None:
+        super().__init__()
+        self.embed = embed
+        self.margin = cast(int, embed.margin)
+        self.patch = int(vit.patch_embed.patch_size[0])
+        self.table_grid: Grid = tuple(vit.patch_embed.grid_size)
+        self.cls_token = vit.cls_token
+        self.reg_token = vit.reg_token
+        self.pos_embed = vit.pos_embed
+        self.pos_drop = vit.pos_drop
+        self.norm_pre = vit.norm_pre
+        self.prefix_count = int(vit.num_prefix_tokens)
+        self.prefix_has_position = not vit.no_embed_class
+        # Zero at the start, so that switching it on changes nothing until it is trained (APT).
+        self.sub_patches = nn.Linear(vit.embed_dim, vit.embed_dim) if sub_patches else None
+        if self.sub_patches is not None:
+            nn.init.zeros_(self.sub_patches.weight)
+            nn.init.zeros_(self.sub_patches.bias)
+
+    def canvas(self, pictures: Sequence[Tensor], grid: Grid, coarsest: int) -> Tensor:
+        """Lay pictures ``(3, h, w)`` on one ``(B, 3, ...)`` canvas, borders replicated outwards.
+
+        Beyond its own border a picture goes on as its border pixel for as far as the canvas goes:
+        so what a window sees there does not depend on the other pictures.
+        """
+        edge = self.margin * coarsest
+        height, width = (side * self.patch for side in grid)
+        return torch.stack(
+            [
+                F.pad(
+                    picture[None],
+                    (edge, width - picture.shape[2] + edge, edge, height - picture.shape[1] + edge),
+                    mode="replicate",
+                )[0]
+                for picture in pictures
+            ]
+        )
+
+    def forward(self, pictures: Sequence[Tensor], level: Tensor) -> PackedTokens:
+        """Tokens of ``pictures`` (each ``(3, h, w)``, normalised) under ``level (B, H, W)``."""
+        grids = [self.grid_of(picture) for picture in pictures]
+        batch, height, width = level.shape
+        levels = [int(found) for found in level.unique().tolist() if found >= 0]
+        coarsest = 1 << max(levels)
+        canvas = self.canvas(pictures, (height, width), coarsest)
+        features, anchors, sizes = [], [], []
+        for rank in levels:
+            side = 1 << rank
+            # Aligned squares: the top left cell of each superpatch lies on this stride.
+            picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
+            x = self.embed(self._windows(canvas, side, coarsest)[picture, :, row, column])
+            if self.sub_patches is not None and rank > 0:
+                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, (picture, row, column)))
+            position = self._positions(grids, side)
+            if position is not None:
+                table, start, columns = position
+                x = x + table[start[picture] + row * columns[picture] + column]
+            features.append(x)
+            anchors.append((picture * height + row * side) * width + column * side)
+            sizes.append(torch.full_like(picture, side * side))
+        anchor, size = torch.cat(anchors), torch.cat(sizes)
+        order = anchor.argsort()
+        packed = self._pack(torch.cat(features), anchor[order], size[order], order=order, level=level)
+        return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
+
+    def grid_of(self, picture: Tensor) -> Grid:
+        """Patch grid ``(H, W)`` of a picture ``(..., h, w)``, rounded up."""
+        height, width = picture.shape[-2:]
+        return -(-height // self.patch), -(-width // self.patch)
+
+    def _windows(self, canvas: Tensor, side: int, coarsest: int) -> Tensor:
+        """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``."""
+        scaled = F.avg_pool2d(canvas, side) if side > 1 else canvas
+        start = self.margin * (coarsest // side) - self.margin
+        cut = scaled[:, :, start:, start:]
+        extent = self.patch + 2 * self.margin
+        return cut.unfold(2, extent, self.patch).unfold(3, extent, self.patch)
+
+    def _sub_patch_mean(
+        self, canvas: Tensor, side: int, coarsest: int, where: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Mean embedding of the single patches within each superpatch, ``(n, D)``."""
+        picture, row, column = where
+        inner = torch.arange(side, device=row.device)
+        rows = (row[:, None] * side + inner)[:, :, None]
+        columns = (column[:, None] * side + inner)[:, None, :]
+        patches = self._windows(canvas, 1, coarsest)[picture[:, None, None], :, rows, columns]
+        return cast(Tensor, self.embed(patches.flatten(0, 2))).unflatten(0, (len(row), side**2)).mean(1)
+
+    def _positions(
+        self, grids: Sequence[Grid], side: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Position table of all distinct grids pooled by ``side``, and each picture's place in it.
+
+        The table is ``(sum of rows * columns, D)``; picture ``b``'s superpatch ``(i, j)`` is at
+        ``start[b] + i * columns[b] + j``.
+        """
+        if self.pos_embed is None:
+            return None
+        tables: dict[Grid, Tensor] = {}
+        starts: dict[Grid, int] = {}
+        total = 0
+        for grid in dict.fromkeys(grids):
+            starts[grid] = total
+            if min(grid) < side:
+                continue  # no superpatch of this side fits into this picture
+            tables[grid] = F.avg_pool2d(self._grid_positions(grid), side)[0].flatten(1).T
+            total += len(tables[grid])
+        device = self.pos_embed.device
+        start = torch.tensor([starts[grid] for grid in grids], device=device)
+        columns = torch.tensor([grid[1] // side for grid in grids], device=device)
+        return torch.cat(list(tables.values())), start, columns
+
+    def _grid_positions(self, grid: Grid) -> Tensor:
+        """Position embedding resampled to ``grid``, ``(1, D, H, W)``."""
+        prefix = self.prefix_count if self.prefix_has_position else 0
+        table = self.pos_embed[:, prefix:]
+        if grid != self.table_grid:
+            table = resample_abs_pos_embed(
+                table, new_size=list(grid), old_size=list(self.table_grid), num_prefix_tokens=0
+            )
+        return cast(Tensor, table).transpose(1, 2).unflatten(2, grid)
+
+    def _pack(
+        self, x: Tensor, anchor: Tensor, size: Tensor, *, order: Tensor, level: Tensor
+    ) -> PackedTokens:
+        """Put the prefix rows before each picture's tokens, and say who owns which cell."""
+        batch, height, width = level.shape
+        count = self.prefix_count
+        picture = anchor // (height * width)
+        lengths = torch.bincount(picture, minlength=batch) + count
+        offsets = ragged.offsets_of(lengths)
+        place = torch.arange(len(anchor), device=x.device) + count * (picture + 1)
+        rows = len(anchor) + count * batch
+        prefix = offsets[:-1, None] + torch.arange(count, device=x.device)
+        source = torch.empty(rows, dtype=torch.int64, device=x.device)
+        source[place] = order + count
+        source[prefix] = torch.arange(count, device=x.device).expand(batch, count)
+        table = torch.cat([self._prefix().to(x.dtype), x]) if count else x
+        return PackedTokens(
+            x=table[source],
+            offsets=offsets,
+            size=torch.ones_like(source).index_copy(0, place, size),
+            anchor=torch.full_like(source, -1).index_copy(0, place, anchor),
+            owner=owners(level),
+        )
+
+    def _prefix(self) -> Tensor:
+        """CLS and register rows with their positions, ``(prefix_count, D)``."""
+        parts = [part[0] for part in (self.cls_token, self.reg_token) if part is not None]
+        prefix = torch.cat(parts)
+        if self.pos_embed is not None and self.prefix_has_position:
+            prefix = prefix + self.pos_embed[0, : self.prefix_count]
+        return prefix
+
+
+def owners(level: Tensor) -> Tensor:
+    """Anchor of each cell of a partition ``level (B, H, W)``: the top left cell, -1 outside."""
+    batch, height, width = level.shape
+    side = 1 << level.clamp(min=0).long()
+    rows = torch.arange(height, device=level.device).view(1, -1, 1)
+    columns = torch.arange(width, device=level.device).view(1, 1, -1)
+    pictures = torch.arange(batch, device=level.device).view(-1, 1, 1)
+    top, left = rows - rows % side, columns - columns % side
+    return torch.where(level < 0, -1, (pictures * height + top) * width + left)
+
+
+def sincos_positions(grid: Grid, dim: int) -> Tensor:
+    """Fixed sine and cosine positions ``(1, H * W, D)`` to start a position table from.
+
+    Half of the channels code the row and half the column (MAE, arXiv 2111.06377).
+
+    Raises:
+        ValueError: ``dim`` is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sine and cosine positions need a width divisible by 4, got {dim}")
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(dim // 4) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]

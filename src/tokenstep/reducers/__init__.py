@@ -1,0 +1,1 @@
+"""Token reducers: each decides between blocks which tokens merge or halt."""

@@ -1,0 +1,267 @@
+"""Train a policy from label maps, then a segmenter with that policy frozen."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tokenstep.config import (
+    ModelConfig,
+    Phase,
+    PolicyConfig,
+    PolicyRecipe,
+    SegmenterRecipe,
+    Settings,
+    from_dict,
+)
+from tokenstep.data import LabelledFolder, write_whole
+from tokenstep.errors import TokenstepError
+from tokenstep.loop import PhaseModule, run_phase, save_weights
+from tokenstep.losses import (
+    class_weights,
+    homogeneity_loss,
+    homogeneity_targets,
+    segmentation_loss,
+)
+from tokenstep.metrics import confusion_matrix, iou_of
+from tokenstep.model import superpatches
+from tokenstep.model.exits import DeepSupervision
+from tokenstep.model.policy import Policy
+from tokenstep.segmenter import WEIGHTS, StepSegmenter
+from tokenstep.transforms import to_float
+
+
+class PolicyModule(PhaseModule):
+    """Trains a :class:`Policy` on whether superpatches share one class."""
+
+    def __init__(self, recipe: PolicyRecipe, phase: Phase, policy: Policy, classes: int) -> None:
+        super().__init__(recipe.data, phase, recipe.trainer.seed)
+        self.recipe = recipe
+        self.policy = policy
+        self.classes = classes
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Loss of one batch."""
+        images, labels = batch
+        targets = homogeneity_targets(
+            labels,
+            patch=self.recipe.patch,
+            sizes=self.recipe.policy.sizes,
+            classes=self.classes,
+            tolerance=self.recipe.tolerance,
+        )
+        # The same normalisation as the segmenter's default.
+        loss = homogeneity_loss(self.policy((images - 0.5) / 0.5), targets)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+class SegmenterModule(PhaseModule):
+    """Trains a :class:`StepSegmenter` with its policy frozen, on merged tokens."""
+
+    def __init__(
+        self, recipe: SegmenterRecipe, phase: Phase, model: StepSegmenter, weight: Tensor
+    ) -> None:
+        super().__init__(recipe.data, phase, recipe.trainer.seed)
+        self.recipe = recipe
+        self.model = model
+        self.register_buffer("weight", weight, persistent=False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Cross-entropy of the decoder and, as deep supervision, of every exit."""
+        images, labels = batch
+        settings = self.recipe.settings
+        # Drawn from the step alone, so that a resumed run draws the same.
+        torch.manual_seed(self.seed * 1_000_003 + self.done_steps + index)
+        normal = self.model.normalise(images)
+        level = self.model.partition(normal, settings)
+        dense = torch.rand(len(images), device=level.device) < self.phase.dense_share
+        level = torch.where(dense.view(-1, 1, 1), level.clamp(max=0), level)
+        watch = DeepSupervision(self.model.exits)
+        used = settings if self.phase.pruning else Settings()
+        out = self.model.encode(normal, level, settings=used, observers=[watch])
+        weight = cast(Tensor, self.weight)
+        live = out.logits[: len(out.tokens.x)]
+        loss = segmentation_loss(out.tokens, live, level, labels, weight)
+        self.log("loss", loss, prog_bar=True)
+        for tokens, logits in watch.seen:
+            aside = segmentation_loss(tokens, logits, level, labels, weight)
+            loss = loss + self.recipe.exit_weight / len(watch.seen) * aside
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Count the pixels of one picture, merged and (if in this phase) pruned."""
+        images, labels = batch
+        settings = self.recipe.settings
+        used = settings if self.phase.pruning else settings.without_exits()
+        predicted = self.model.label_maps(self.model(to_float(images), settings=used))[0]
+        self.confusion += confusion_matrix(predicted, labels[0], len(self.model.config.classes))
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the counts of the last look."""
+        classes = len(self.model.config.classes)
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mIoU from the summed counts of all devices."""
+        confusion = self.all_gather(self.confusion)
+        confusion = confusion.view(-1, *self.confusion.shape).sum(0)
+        self.log("val_miou", iou_of(confusion).nanmean().float(), prog_bar=True)
+
+
+def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, Any]:
+    """Train a policy and write it to ``recipe.out``; returns its scores on val.
+
+    Raises:
+        TokenstepError: the data or the recipe is at fault.
+    """
+    val = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
+    torch.manual_seed(recipe.trainer.seed)
+    policy = Policy(recipe.policy, recipe.patch)
+    out = Path(recipe.out)
+    for number, phase in enumerate(recipe.phases):
+        module = PolicyModule(recipe, phase, policy, len(val.classes.names))
+        run_phase(module, policy, out / f"phase{number}", recipe.trainer, progress=progress)
+    save_weights(policy, out / WEIGHTS)
+    save_recipe(recipe, out)
+    report = policy_report(policy, val, tolerance=recipe.tolerance)
+    save_json(report, out / "val.json")
+    return report
+
+
+def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSegmenter:
+    """Train a segmenter with the policy of ``recipe.policy_weights`` and write it to ``out``.
+
+    Raises:
+        TokenstepError: the data, the policy's folder or the recipe is at fault.
+    """
+    folder = LabelledFolder(recipe.data.root, recipe.data.train_split, names=recipe.data.train_names)
+    classes = folder.classes
+    policy_config, state, patch = load_policy(Path(recipe.policy_weights))
+    config = ModelConfig(
+        classes.names, classes.palette, recipe.vit, policy_config, recipe.settings
+    )
+    torch.manual_seed(recipe.trainer.seed)
+    model = StepSegmenter(config)
+    if model.patch != patch:
+        raise TokenstepError(
+            f"{recipe.policy_weights}: the policy was trained for patches of {patch} px but the "
+            f"recipe's ViT has {model.patch} px: train one for it, or set vit.patch = {patch}"
+        )
+    model.policy.load_state_dict(state)
+    model.policy.requires_grad_(False)
+    weight = torch.ones(len(classes.names))
+    if recipe.class_balance > 0:
+        weight = class_weights(count_pixels(folder), recipe.class_balance)
+    look = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
+    val = DataLoader(look, batch_size=1)
+    out = Path(recipe.out)
+    for number, phase in enumerate(recipe.phases):
+        module = SegmenterModule(recipe, phase, model, weight)
+        run_phase(
+            module, model, out / f"phase{number}", recipe.trainer, val=val, progress=progress
+        )
+    model.save_pretrained(out)
+    save_recipe(recipe, out)
+    return model.eval()
+
+
+def load_policy(folder: Path) -> tuple[PolicyConfig, dict[str, Tensor], int]:
+    """Settings, weights and patch of a policy that :func:`train_policy` wrote.
+
+    Raises:
+        TokenstepError: the folder holds no such policy.
+    """
+    try:
+        recipe = json.loads((folder / "recipe.json").read_text())
+        state = load_file(folder / WEIGHTS)
+        patch = int(recipe["patch"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise TokenstepError(
+            f"{folder}: holds no trained policy ({error}): run tokenstep train policy first"
+        ) from error
+    return from_dict(PolicyConfig, recipe["policy"], str(folder / "recipe.json")), state, patch
+
+
+def count_pixels(folder: LabelledFolder) -> Tensor:
+    """Pixels of each class over a folder, ``(C,)`` int64."""
+    total = torch.zeros(256, dtype=torch.int64)
+    for _, label in folder:
+        total += torch.bincount(label.flatten().long(), minlength=256)
+    return total[: len(folder.classes.names)]
+
+
+@torch.inference_mode()
+def policy_report(
+    policy: Policy, folder: LabelledFolder, *, tolerance: float, threshold: float = 0.5
+) -> dict[str, Any]:
+    """Precision, recall, purity and token reduction on a labelled folder, per superpatch size.
+
+    The reduction of a size is that of merging by this size alone; ``all`` merges by all sizes.
+    Purity is the mean share of the most frequent class in the chosen superpatches.
+    """
+    policy.eval()
+    sizes, classes = policy.config.sizes, len(folder.classes.names)
+    sums = torch.zeros(len(sizes), 6, dtype=torch.float64)
+    cells = tokens = 0
+    for image, label in folder:
+        normal = (to_float(image)[None] - 0.5) / 0.5
+        scores = [score.sigmoid() for score in policy(normal)]
+        grid = (-(-label.shape[0] // policy.patch), -(-label.shape[1] // policy.patch))
+        empty = superpatches.uniform([grid])
+        full = superpatches.padded_labels(label[None], policy.patch)
+        for row, size in enumerate(sizes):
+            share = superpatches.purity(full, size * policy.patch, classes)
+            truth, chosen = share > 1 - tolerance - 1e-6, scores[row] > threshold
+            alone = superpatches.from_scores([scores[row]], [size], [threshold], empty)
+            sums[row] += torch.tensor(
+                [
+                    float((truth & chosen).sum()),
+                    float(chosen.sum()),
+                    float(truth.sum()),
+                    float((share * chosen).sum()),
+                    float(grid[0] * grid[1]),
+                    float(superpatches.token_counts(alone).sum()),
+                ],
+                dtype=torch.float64,
+            )
+        level = superpatches.from_scores(scores, sizes, [threshold] * len(sizes), empty)
+        cells += grid[0] * grid[1]
+        tokens += int(superpatches.token_counts(level).sum())
+    return {
+        "threshold": threshold,
+        "tolerance": tolerance,
+        "images": len(folder),
+        "sizes": {
+            str(size): {
+                "precision": _ratio(hit, chosen),
+                "recall": _ratio(hit, truth),
+                "purity": _ratio(pure, chosen),
+                "reduction": _ratio(grid, left),
+            }
+            for size, (hit, chosen, truth, pure, grid, left) in zip(sizes, sums.tolist(), strict=True)
+        },
+        "all": {"reduction": _ratio(cells, tokens)},
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """Quotient, or None where nothing was counted."""
+    return part / whole if whole else None
+
+
+def save_recipe(recipe: PolicyRecipe | SegmenterRecipe, out: Path) -> None:
+    """Write the recipe as it was resolved beside the weights."""
+    save_json(dataclasses.asdict(recipe), out / "recipe.json")
+
+
+def save_json(data: object, path: Path) -> None:
+    """Write JSON, whole or not at all."""
+    text = json.dumps(data, indent=1) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text) and None)
