@@ -121,15 +121,16 @@ def test_label_is_taken_at_the_pixels_centre() -> None:
     assert inner.abs().max() < 0.1
 
 
-@pytest.mark.parametrize("crop", [(9, 1), (1, 9), (1, 1)])
-def test_thinnest_crops_keep_their_colours(crop: tuple[int, int]) -> None:
-    colour = torch.tensor([10, 120, 250], dtype=torch.uint8)
-    image, label = colour[:, None, None].repeat(1, 2, 2), torch.zeros(2, 2, dtype=torch.uint8)
-    for seed in range(10):
-        transform = TrainTransform(crop, scale=(1, 4), colour=0)
-        picture, target = draw(seed, transform, image, label)
-        shown = picture[:, target != IGNORE]
-        assert torch.allclose(shown, to_float(colour)[:, None].expand_as(shown), atol=1e-5)
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_thinnest_crop_is_a_ramp_between_its_pixels(axis: int) -> None:
+    image = torch.tensor([[10, 250], [10, 250]], dtype=torch.uint8).repeat(3, 1, 1)
+    image = image.mT if axis == -2 else image
+    crop = (9, 1) if axis == -2 else (1, 9)
+    transform = TrainTransform(crop, scale=(4, 4), flip=False, colour=0)
+    for seed in range(5):
+        ramp = draw(seed, transform, image, image[0] // 250)[0].flatten(1) * 255
+        assert torch.equal(ramp, ramp.sort().values) and torch.equal(ramp[0], ramp[2])
+        assert ramp[0, 0] == pytest.approx(10, abs=1) and ramp[0, -1] == pytest.approx(250, abs=1)
 
 
 def test_padding_is_ignored_and_the_whole_picture_stays() -> None:

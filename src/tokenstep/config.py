@@ -147,7 +147,9 @@ def _dataclass(kind: Any, value: object, where: str) -> object:
         needed = entry.default is MISSING and entry.default_factory is MISSING
         if needed and entry.name not in value:
             raise TokenstepError(f"{where}: the key {entry.name!r} is missing")
-    return kind(**{key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+    return kind(
+        **{key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -224,6 +225,30 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+
+
+def picture_tensor(picture: Picture) -> Tensor:
+    """Any picture that users hand over as ``(3, h, w)``, uint8 or float in 0..1.
+
+    Raises:
+        TokenstepError: the file cannot be read, or the array has another shape or type.
+    """
+    if isinstance(picture, (str, Path)):
+        return to_tensor(read_picture(picture))
+    if isinstance(picture, Image.Image):
+        return to_tensor(picture.convert("RGB"))
+    if isinstance(picture, np.ndarray):
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+            raise TokenstepError(
+                f"an array must be (height, width, 3) uint8, got {picture.shape} {picture.dtype}"
+            )
+        return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise TokenstepError(f"a tensor must be (3, height, width), got {tuple(picture.shape)}")
+    return picture
+
+
 def read_label(path: str | Path, num_classes: int) -> Tensor:
     """Read a label map as an (h, w) uint8 tensor of class indices, `IGNORE` where there is none.
 
@@ -279,6 +304,10 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self.paths)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All items in order."""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Picture and label `index`, transformed."""
@@ -356,3 +385,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         reason = fault.strerror or str(fault)
         remedy = "choose another output folder or free some space"
         raise TokenstepError(f"{path}: cannot be written ({reason}); {remedy}") from fault
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_whole(path, write)

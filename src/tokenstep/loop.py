@@ -89,10 +89,13 @@ class PhaseModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; norms, biases and position tables are not decayed."""
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                single = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "reg_token"))
+                single = parameter.ndim < 2 or name.endswith(
+                    ("pos_embed", "cls_token", "reg_token")
+                )
                 (plain if single else decayed).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": self.phase.weight_decay},
@@ -163,5 +166,7 @@ def run_phase(
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write a network's state as safetensors, whole or not at all."""
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    state = {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+    }
     write_whole(path, lambda temporary: save_file(state, temporary))

@@ -1,46 +1,33 @@
-"""The pipeline in one forward: picture -> partition -> tokens -> encoder -> logits."""
+"""Pictures in, results out: the model as users meet it, with save and load."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
-import timm
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenstep.config import ModelConfig, Settings, VitConfig, from_dict
+from tokenstep import cost
+from tokenstep.config import ModelConfig, Settings, from_dict
+from tokenstep.cost import Cost
+from tokenstep.data import Picture, picture_tensor
 from tokenstep.errors import TokenstepError
-from tokenstep.model import superpatches
-from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
-from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported
-from tokenstep.model.exits import EarlyPruning, ExitHeads
-from tokenstep.model.policy import Policy
-from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser, sincos_positions
-from tokenstep.model.unmerge import rows_of_cells, token_values
-from tokenstep.reducers.base import Reducer
-from tokenstep.tokens import PackedTokens
+from tokenstep.model.unmerge import layer_of_cells
+from tokenstep.network import StepNetwork
+from tokenstep.result import Result, Segmented, TokenUse
+from tokenstep.transforms import to_float
 
 WEIGHTS = "model.safetensors"
-Pictures = Tensor | Sequence[Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Segmented:
-    """What a forward returns: logits of every token, and where each token speaks."""
-
-    tokens: PackedTokens  # after the last block
-    logits: Tensor  # (T + A, S, C): live rows, then halted ones
-    level: Tensor  # (B, H, W) int8, the partition
-    live: tuple[tuple[int, ...], ...]  # rows of each picture that entered each block
-    sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
 
 
 class StepSegmenter(
-    nn.Module, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
+    StepNetwork, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
 ):
     """A plain ViT segmenter with dCTS supertokens and early pruning (STEP, arXiv 2509.14165).
 
@@ -51,125 +38,116 @@ class StepSegmenter(
     # The annotation is a string so that the hub mixin hands config.json over as a plain dict:
     # its own conversion knows neither nested settings nor tuples.
     def __init__(self, config: "ModelConfig") -> None:
-        super().__init__()
-        self.config = config
-        classes = len(config.classes)
-        vit = build_vit(config.vit)
-        require_supported(vit)
-        patch = int(vit.patch_embed.patch_size[0])
-        self.patch = patch
-        dim, cells = int(vit.embed_dim), config.vit.cells
-        run = EncoderSettings(size_bias=config.vit.size_bias)
-        embed: nn.Module = LinearEmbed(vit.patch_embed)
-        if config.vit.stem == "conv":
-            embed = ConvEmbed(patch, dim)
-        self.policy = Policy(config.policy, patch)
-        self.tokenise = Tokeniser(vit, embed, sub_patches=config.vit.sub_patches)
-        self.encoder = Encoder(vit, run)
-        self.exits = ExitHeads(config.vit.exits, dim, classes, cells)
-        self.decoder: nn.Module = LinearDecoder(dim, classes, cells)
-        if config.vit.decoder == "mask":
-            heads = vit.blocks[0].attn.num_heads
-            self.decoder = MaskDecoder(dim, classes, cells, heads=heads, settings=run)
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+        super().__init__(config)
 
-    def forward(
+    @torch.inference_mode()
+    def segment(
+        self, pictures: Picture | Sequence[Picture], *, settings: Settings | None = None
+    ) -> Result | list[Result]:
+        """Segment one picture, or a list of them as one batch; sizes may differ.
+
+        A picture is a path, a PIL image, an ``(H, W, 3)`` uint8 array, or a ``(3, H, W)`` tensor
+        (uint8, or float in 0..1). One picture gives a :class:`Result`, a list gives a list.
+        ``settings`` default to the model's own; ``Settings()`` is the dense model.
+
+        Raises:
+            TokenstepError: a picture cannot be read, or the logits are not finite.
+        """
+        if isinstance(pictures, Sequence) and not isinstance(pictures, str):
+            return self.segment_batch(pictures, settings=settings)
+        return self.segment_batch([pictures], settings=settings)[0]
+
+    @torch.inference_mode()
+    def segment_batch(
         self,
-        pictures: Pictures,
+        pictures: Sequence[Picture],
         *,
         settings: Settings | None = None,
         level: Tensor | None = None,
-        observers: Sequence[Reducer] = (),
-    ) -> Segmented:
-        """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, float RGB in 0..1.
+    ) -> list[Result]:
+        """:meth:`segment` for a list; times are the batch's, divided by its pictures.
 
-        ``settings`` default to the model's own; ``level (B, H, W)`` replaces the policy's
-        partition; ``observers`` are asked after each block before the exits are.
+        ``level (B, H, W)`` replaces the policy's partition, for comparisons.
         """
         settings = self.config.settings if settings is None else settings
-        normal = self.normalise(pictures)
-        level = self.partition(normal, settings) if level is None else level
-        return self.encode(normal, level, settings=settings, observers=observers)
-
-    def normalise(self, pictures: Pictures) -> list[Tensor]:
-        """Subtract the mean and divide by the standard deviation, picture by picture."""
-        mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
-        return [(picture.to(mean.dtype) - mean) / std for picture in pictures]
-
-    def partition(self, normal: Sequence[Tensor], settings: Settings) -> Tensor:
-        """The policy's partition ``(B, H, W)`` of normalised pictures; none without merging."""
-        grids = [self.tokenise.grid_of(picture) for picture in normal]
-        level = superpatches.uniform(grids, normal[0].device)
-        if not settings.merge:
-            return level
-        # Pictures of one size go through the CNN together; a picture padded to another's size
-        # would be scored differently at its border.
-        shapes = [picture.shape for picture in normal]
-        for shape in dict.fromkeys(shapes):
-            members = [index for index, other in enumerate(shapes) if other == shape]
-            height, width = grids[members[0]]
-            scores = self.scores(torch.stack([normal[index] for index in members]))
-            level[members, :height, :width] = superpatches.from_scores(
-                scores, self.config.policy.sizes, settings.merge, level[members, :height, :width]
+        device = cast(Tensor, self.mean).device
+        clock = _Clock(device, len(pictures))
+        normal = self.normalise([to_float(picture_tensor(one)).to(device) for one in pictures])
+        clock.lap("prepare")
+        by_policy = level is None and bool(settings.merge)
+        if level is None:
+            level = self.partition(normal, settings)
+        clock.lap("policy")
+        segmented = self.encode(normal, level, settings=settings)
+        clock.lap("encode")
+        labels = [one.cpu().numpy() for one in self.label_maps(segmented)]
+        clock.lap("decode")
+        rows = [self.token_use(segmented, index) for index in range(len(pictures))]
+        return [
+            Result(
+                labels=labels[index],
+                class_names=self.config.classes,
+                palette=self.config.palette,
+                tokens=use,
+                cost=self.cost_of(segmented, index, policy=by_policy),
+                dense_cost=self.dense_cost(segmented.sizes[index]),
+                patch=self.patch,
+                milliseconds=clock.laps,
             )
-        return level
+            for index, use in enumerate(rows)
+        ]
 
-    @torch.no_grad()
-    def scores(self, images: Tensor) -> list[Tensor]:
-        """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size, no gradient."""
-        return [score.float().sigmoid() for score in self.policy(images)]
+    def token_use(self, segmented: Segmented, index: int) -> TokenUse:
+        """Where the tokens of picture ``index`` of a batch went."""
+        height, width = self.tokenise.grid_of(torch.empty(segmented.sizes[index], device="meta"))
+        prefix, depth = self.tokenise.prefix_count, len(self.encoder.blocks)
+        tokens = segmented.tokens
+        halted = dict.fromkeys(self.exits.after, 0)
+        if tokens.halted is not None:
+            own = tokens.halted.anchor // tokens.owner[0].numel() == index
+            for layer in tokens.halted.layer[own].tolist():
+                halted[layer] += 1
+        level = segmented.level[index, :height, :width]
+        layer_map = layer_of_cells(tokens, depth)[index, :height, :width]
+        return TokenUse(
+            grid=height * width,
+            start=segmented.live[0][index] - prefix,
+            end=int(tokens.offsets.diff()[index]) - prefix,
+            halted=halted,
+            level=level.cpu().numpy(),
+            layer=layer_map.to(torch.int16).cpu().numpy(),
+            depth=depth,
+        )
 
-    def encode(
-        self,
-        normal: Sequence[Tensor],
-        level: Tensor,
-        *,
-        settings: Settings,
-        observers: Sequence[Reducer] = (),
-    ) -> Segmented:
-        """Embed, run the blocks and exits, and classify the tokens of normalised pictures."""
-        tokens = self.tokenise(normal, level)
-        reducers = list(observers)
-        if settings.exits:
-            reducers.append(EarlyPruning(self.exits, settings.exits, settings.spare))
-        tokens, live = self.encoder(tokens, reducers)
-        logits = self.decoder(tokens)
-        halted = tokens.halted.logits if tokens.halted is not None else None
-        sizes = tuple((picture.shape[-2], picture.shape[-1]) for picture in normal)
-        return Segmented(tokens, token_values(logits, halted), level, tuple(live), sizes)
+    def cost_of(self, segmented: Segmented, index: int, *, policy: bool) -> Cost:
+        """Compute of picture ``index`` of a batch, from the rows that each block really saw."""
+        live = [rows[index] for rows in segmented.live]
+        end = int(segmented.tokens.offsets.diff()[index])
+        used_exits = segmented.tokens.halted is not None
+        return self._cost(segmented.sizes[index], live, end, policy=policy, exits=used_exits)
 
-    def label_maps(self, segmented: Segmented) -> list[Tensor]:
-        """Class of every pixel of each picture, ``(h, w)`` uint8.
+    def dense_cost(self, size: tuple[int, int]) -> Cost:
+        """Compute of a picture of ``size`` (h, w) without policy, merging and exits."""
+        height, width = self.tokenise.grid_of(torch.empty(size, device="meta"))
+        rows = height * width + self.tokenise.prefix_count
+        return self._cost(size, [rows] * len(self.encoder.blocks), rows, policy=False, exits=False)
 
-        Raises:
-            TokenstepError: the logits are not finite.
-        """
-        if not bool(torch.isfinite(segmented.logits).all()):
-            raise TokenstepError(
-                "the model produced NaN or infinite logits: run it in fp32, or check its weights"
-            )
-        rows = rows_of_cells(segmented.tokens)
-        maps = []
-        for index, size in enumerate(segmented.sizes):
-            height, width = (-(-side // self.patch) for side in size)
-            maps.append(
-                label_map(
-                    segmented.logits,
-                    rows[index, :height, :width],
-                    segmented.level[index, :height, :width],
-                    patch=self.patch,
-                    size=size,
-                )
-            )
-        return maps
+    def _cost(
+        self, size: tuple[int, int], live: Sequence[int], end: int, *, policy: bool, exits: bool
+    ) -> Cost:
+        embedded = live[0] - self.tokenise.prefix_count
+        policy_macs = cost.policy_macs(self.config.policy, self.patch, size) if policy else 0
+        return Cost(
+            policy=policy_macs / cost.GIGA,
+            embed=self._embed_macs * embedded / cost.GIGA,
+            blocks=cost.blocks_macs(list(self.encoder.blocks), live) / cost.GIGA,
+            exits=(cost.exits_macs(self.exits, live) if exits else 0) / cost.GIGA,
+            decoder=cost.decoder_macs(self.decoder, end) / cost.GIGA,
+        )
 
-    def train(self, mode: bool = True) -> "StepSegmenter":
-        """Set the training mode; a frozen policy stays in eval mode, or its statistics drift."""
-        super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.policy.parameters()):
-            self.policy.eval()
-        return self
+    @cached_property
+    def _embed_macs(self) -> int:
+        return cost.embed_macs(self.tokenise.embed, self.patch + 2 * self.tokenise.margin)
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
@@ -224,28 +202,53 @@ class StepSegmenter(
             ) from error
 
 
-def build_vit(config: VitConfig) -> Any:
-    """timm's ViT, untrained; its position table starts as sine and cosine.
+class _Clock:
+    """Milliseconds per stage and picture; waits for a GPU so that each stage owns its time."""
+
+    def __init__(self, device: torch.device, pictures: int) -> None:
+        self.device = device
+        self.pictures = pictures
+        self.laps: dict[str, float] = {}
+        self.last = perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = perf_counter()
+        self.laps[stage] = (now - self.last) * 1000 / self.pictures
+        self.last = now
+
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def shipped_models() -> list[str]:
+    """Names of the models in the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+
+
+def load(name: str | os.PathLike[str]) -> StepSegmenter:
+    """Load a model by a shipped name, a folder, or a Hugging Face repository id.
 
     Raises:
-        ValueError: timm knows no such model.
+        TokenstepError: there is no such model, or its files are damaged.
     """
-    if config.name not in timm.list_models():
-        raise ValueError(
-            f"backbone {config.name!r} is not a timm model, see timm.list_models('vit_*')"
+    path = Path(name)
+    if not path.is_dir() and str(name) in shipped_models():
+        path = SHIPPED / str(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TokenstepError(f"{path}: holds no model (config.json is missing)")
+    elif str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        known = ", ".join(shipped_models())
+        raise TokenstepError(
+            f"model {str(name)!r} is not known: choose a shipped one ({known}), a folder that "
+            "holds config.json and model.safetensors, or a Hugging Face id OWNER/NAME"
         )
-    overrides: dict[str, object] = {
-        "patch_size": config.patch,
-        "depth": config.depth,
-        "img_size": config.image_size,
-        "drop_path_rate": config.drop_path,
-    }
-    given = {key: value for key, value in overrides.items() if value is not None}
-    vit = timm.create_model(config.name, pretrained=False, num_classes=0, **given)
-    table = getattr(vit, "pos_embed", None)
-    if table is not None and table.shape[-1] % 4 == 0:
-        cells = vit.patch_embed.num_patches
-        with torch.no_grad():
-            # As strong as timm's random start is wide, times the few that a pattern needs.
-            table[:, -cells:] = 0.1 * sincos_positions(vit.patch_embed.grid_size, table.shape[-1])
-    return vit
+    source = str(path) if path.is_dir() else str(name)
+    try:
+        return StepSegmenter.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TokenstepError(f"model {source}: cannot be loaded ({reason})") from error

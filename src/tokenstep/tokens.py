@@ -68,29 +68,39 @@ class PackedTokens:
         """Merge each row ``r`` into row ``into[r]``; a row with ``into[r] == r`` survives.
 
         Features become the mean weighted by size; the survivor speaks for all cells. ``into`` is
-        ``(T,)`` int64 and must name survivors of the same picture; prefix rows must survive.
+        ``(T,)`` int64.
 
         Raises:
-            ValueError: ``into`` has another length than the rows.
+            ValueError: ``into`` has another length than the rows, or a row would merge into one
+                that does not survive, lies in another picture, or is a prefix row; or the reverse.
         """
         if into.shape != self.anchor.shape:
             raise ValueError(f"into must be ({len(self.x)},), got {tuple(into.shape)}")
         keep = into == torch.arange(len(into), device=into.device)
+        picture, speaks = self.picture(), ~self.is_prefix
+        legal = keep | (speaks & speaks[into] & keep[into] & (picture[into] == picture))
+        # One trip to the host for both numbers.
+        survivors, faults = torch.stack([keep.sum(), (~legal).sum()]).tolist()
+        if faults:
+            raise ValueError(
+                f"{faults} rows would merge into a row that does not survive, lies in another "
+                "picture or is a prefix row"
+            )
         target = (keep.cumsum(0) - 1)[into]
-        survivors = int(keep.sum())
-        weight = self.size.to(self.x.dtype).unsqueeze(1)
+        # In fp32, since the sum over a large superpatch leaves the range of fp16.
+        exact = torch.promote_types(self.x.dtype, torch.float32)
+        weight = self.size.to(exact).unsqueeze(1)
         total = weight.new_zeros(survivors, 1).index_add(0, target, weight)
-        mixed = self.x.new_zeros(survivors, self.x.shape[1])
-        mixed = mixed.index_add(0, target, self.x * weight) / total
+        mixed = weight.new_zeros(survivors, self.x.shape[1])
+        mixed = mixed.index_add(0, target, self.x.to(exact) * weight) / total
         size = self.size.new_zeros(survivors).index_add(0, target, self.size)
 
-        speaks = ~self.is_prefix
         renamed = torch.arange(self.owner.numel(), device=into.device)
         renamed[self.anchor[speaks]] = self.anchor[into[speaks]]
         owner = torch.where(self.owner < 0, self.owner, renamed[self.owner.clamp(min=0)])
         return replace(
             self,
-            x=mixed,
+            x=mixed.to(self.x.dtype),
             offsets=ragged.kept_offsets(keep, self.offsets),
             size=size,
             anchor=self.anchor[keep],

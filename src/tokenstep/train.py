@@ -20,7 +20,7 @@ from tokenstep.config import (
     Settings,
     from_dict,
 )
-from tokenstep.data import LabelledFolder, write_whole
+from tokenstep.data import LabelledFolder, write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.loop import PhaseModule, run_phase, save_weights
 from tokenstep.losses import (
@@ -110,7 +110,7 @@ class SegmenterModule(PhaseModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log mIoU from the summed counts of all devices."""
-        confusion = self.all_gather(self.confusion)
+        confusion = cast(Tensor, self.all_gather(self.confusion))
         confusion = confusion.view(-1, *self.confusion.shape).sum(0)
         self.log("val_miou", iou_of(confusion).nanmean().float(), prog_bar=True)
 
@@ -141,12 +141,12 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
     Raises:
         TokenstepError: the data, the policy's folder or the recipe is at fault.
     """
-    folder = LabelledFolder(recipe.data.root, recipe.data.train_split, names=recipe.data.train_names)
+    folder = LabelledFolder(
+        recipe.data.root, recipe.data.train_split, names=recipe.data.train_names
+    )
     classes = folder.classes
     policy_config, state, patch = load_policy(Path(recipe.policy_weights))
-    config = ModelConfig(
-        classes.names, classes.palette, recipe.vit, policy_config, recipe.settings
-    )
+    config = ModelConfig(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings)
     torch.manual_seed(recipe.trainer.seed)
     model = StepSegmenter(config)
     if model.patch != patch:
@@ -164,9 +164,7 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
     out = Path(recipe.out)
     for number, phase in enumerate(recipe.phases):
         module = SegmenterModule(recipe, phase, model, weight)
-        run_phase(
-            module, model, out / f"phase{number}", recipe.trainer, val=val, progress=progress
-        )
+        run_phase(module, model, out / f"phase{number}", recipe.trainer, val=val, progress=progress)
     model.save_pretrained(out)
     save_recipe(recipe, out)
     return model.eval()
@@ -245,7 +243,9 @@ def policy_report(
                 "purity": _ratio(pure, chosen),
                 "reduction": _ratio(grid, left),
             }
-            for size, (hit, chosen, truth, pure, grid, left) in zip(sizes, sums.tolist(), strict=True)
+            for size, (hit, chosen, truth, pure, grid, left) in zip(
+                sizes, sums.tolist(), strict=True
+            )
         },
         "all": {"reduction": _ratio(cells, tokens)},
     }
@@ -263,5 +263,4 @@ def save_recipe(recipe: PolicyRecipe | SegmenterRecipe, out: Path) -> None:
 
 def save_json(data: object, path: Path) -> None:
     """Write JSON, whole or not at all."""
-    text = json.dumps(data, indent=1) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text) and None)
+    write_text(path, json.dumps(data, indent=1) + "\n")

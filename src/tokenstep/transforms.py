@@ -73,9 +73,9 @@ class TrainTransform:
         source_x, target_x = _place(label.shape[1], size[1], factor)
         shape = [target_y.stop - target_y.start, target_x.stop - target_x.start]
 
-        # Floats: torch's antialiased uint8 kernel gives wrong pixels where the output is 1 wide.
-        region = tvf.resize(to_float(image[:, source_y, source_x]), shape, antialias=True)
-        region = region.clamp(0, 1)  # the weights' sum rounds to a little more than 1
+        # torch 2.15's antialiased kernels fill an output of width 1 with wrong pixels.
+        smooth = shape[1] > 1
+        region = to_float(tvf.resize(image[:, source_y, source_x], shape, antialias=smooth))
         region = self.jitter(region) if self.jitter else region
         picture = torch.full((3, *size), _GREY)
         picture[:, target_y, target_x] = region

@@ -79,11 +79,10 @@ def with_size_bias(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor, scale: floa
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:
     pieces = []
-    for q1, k1, v1 in zip(*(t.split(segments.lengths) for t in (q, k, v)), strict=True):
+    for rows in zip(*(torch.split(t, list(segments.lengths)) for t in (q, k, v)), strict=True):
         # (n, heads, d) -> (1, heads, n, d), a view: the kernel takes strides
-        one = F.scaled_dot_product_attention(
-            q1.transpose(0, 1)[None], k1.transpose(0, 1)[None], v1.transpose(0, 1)[None], scale=scale
-        )
+        q1, k1, v1 = (t.transpose(0, 1)[None] for t in rows)
+        one = F.scaled_dot_product_attention(q1, k1, v1, scale=scale)
         pieces.append(one[0].transpose(0, 1))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

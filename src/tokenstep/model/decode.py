@@ -25,7 +25,7 @@ class LinearDecoder(nn.Module):
     def forward(self, tokens: PackedTokens) -> Tensor:
         """Logits ``(T, S, C)`` of the live tokens."""
         logits: Tensor = self.linear(tokens.x)
-        return logits.unflatten(-1, (self.sub_cells, -1))
+        return torch.unflatten(logits, -1, (self.sub_cells, -1))
 
 
 class MaskDecoder(nn.Module):
@@ -57,8 +57,9 @@ class MaskDecoder(nn.Module):
         place = torch.arange(rows, device=tokens.x.device) + self.classes * tokens.picture()
         behind = torch.arange(self.classes * batch, device=tokens.x.device)
         behind = behind + tokens.offsets[1:].repeat_interleave(self.classes)
-        x = tokens.x.new_empty(rows + len(behind), tokens.x.shape[1])
-        x = x.index_copy(0, place, cast(Tensor, self.project(tokens.x)))
+        projected = cast(Tensor, self.project(tokens.x))  # its dtype differs under autocast
+        x = projected.new_empty(rows + len(behind), projected.shape[1])
+        x = x.index_copy(0, place, projected)
         x = x.index_copy(0, behind, self.class_embedding.to(x.dtype).repeat(batch, 1))
         joined = self._joined(tokens, x, place)
         segments = Segments.of(joined.offsets)
@@ -67,10 +68,14 @@ class MaskDecoder(nn.Module):
                 run_block(cast(Block, block), joined, segments, self.settings)
             )
         x = self.norm(joined.x)
-        own = F.normalize(self.token_project(x[place]).unflatten(1, (self.sub_cells, -1)), dim=-1)
+        own = torch.unflatten(self.token_project(x[place]), 1, (self.sub_cells, -1))
+        own = F.normalize(own, dim=-1)
         classes = F.normalize(self.class_project(x[behind]), dim=-1)
-        classes = classes.unflatten(0, (batch, self.classes))[tokens.picture()]
-        return cast(Tensor, self.mask_norm(own @ classes.transpose(1, 2)))
+        # Per picture, since one copy of the class embeddings per token would not fit in memory.
+        lengths = [length - self.classes for length in segments.lengths]
+        pairs = zip(torch.split(own, lengths), torch.split(classes, self.classes), strict=True)
+        masks = torch.cat([of_tokens @ of_classes.T for of_tokens, of_classes in pairs])
+        return cast(Tensor, self.mask_norm(masks))
 
     def _joined(self, tokens: PackedTokens, x: Tensor, place: Tensor) -> PackedTokens:
         """Tokens and class rows as one packed sequence; class rows count as prefix rows."""

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from timm.layers import Attention, DropPath, GluMlp, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLU
+from timm.layers import (  # type: ignore[attr-defined]  # timm re-exports without saying so
+    Attention,
+    DropPath,
+    GluMlp,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    SwiGLU,
+)
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -68,21 +77,23 @@ def run_block(
 ) -> Tensor:
     """Features ``(T, D)`` after one timm block over packed tokens."""
     size = tokens.size if settings.size_bias else None
+    attn = cast(Attention, block.attn)
 
     def forward(x: Tensor) -> Tensor:
-        attended = attend(block.attn, block.norm1(x), segments, size=size, backend=settings.backend)
+        attended = attend(attn, block.norm1(x), segments, size=size, backend=settings.backend)
         x = x + _drop_path(block.drop_path1, block.ls1(attended), segments)
         return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), segments)
 
     if settings.checkpointing and torch.is_grad_enabled():
-        return cast(Tensor, checkpoint(forward, tokens.x, use_reentrant=False))
+        recomputed: Tensor = checkpoint(forward, tokens.x, use_reentrant=False)
+        return recomputed
     return forward(tokens.x)
 
 
 def attend(
     attn: Attention, x: Tensor, segments: Segments, *, size: Tensor | None, backend: Backend
 ) -> Tensor:
-    """timm's attention on packed rows ``(T, D)``, with its own projections and norms."""
+    """Run timm's attention on packed rows ``(T, D)``, with its own projections and norms."""
     # (T, 3, heads, d)
     qkv = attn.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(1)
@@ -92,8 +103,9 @@ def attend(
     out = packed_attention(q, k, v, segments=segments, scale=attn.scale, backend=backend)
     out = out[..., : attn.head_dim].flatten(1)
     out = attn.norm(out)
-    if attn.gate is not None:
-        out = out * attn.gate(x).sigmoid()
+    gate = getattr(attn, "gate", None)  # older timm has none
+    if gate is not None:
+        out = out * gate(x).sigmoid()
     return cast(Tensor, attn.proj_drop(attn.proj(out)))
 
 
@@ -143,5 +155,5 @@ def require_supported(vit: nn.Module) -> None:
             part = getattr(block, name)
             if type(part) not in allowed:
                 raise ValueError(f"blocks.{index}.{name}: {type(part).__name__} is not supported")
-        if block.attn.attn_drop.p > 0:
+        if cast(Attention, block.attn).attn_drop.p > 0:
             raise ValueError(f"blocks.{index}.attn: attention dropout is not supported")

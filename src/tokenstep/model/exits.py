@@ -27,7 +27,7 @@ class TokenHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify every row, each sub-cell on its own."""
         logits: Tensor = self.linear(self.norm(x))
-        return logits.unflatten(-1, (self.sub_cells, -1))
+        return torch.unflatten(logits, -1, (self.sub_cells, -1))
 
 
 class ExitHeads(nn.Module):
@@ -36,6 +36,7 @@ class ExitHeads(nn.Module):
     def __init__(self, after: Sequence[int], dim: int, classes: int, side: int) -> None:
         super().__init__()
         self.after = tuple(after)
+        self.classes = classes
         self.heads = nn.ModuleList(TokenHead(dim, classes, side) for _ in after)
 
     def forward(self, x: Tensor, exit_index: int) -> Tensor:
@@ -75,7 +76,7 @@ class EarlyPruning:
         self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, passed: Tensor
     ) -> Tensor:
         """Mask ``(T,)`` of the ``spare`` surest passing tokens of each class in each picture."""
-        classes = int(self.exits.heads[0].linear.out_features)
+        classes = self.exits.classes
         # Rows that did not pass form a group of their own behind every picture's classes.
         group = tokens.picture() * (classes + 1) + torch.where(passed, predicted, classes)
         return passed & (ragged.rank_within(confidence, group) < self.spare)

@@ -4,7 +4,7 @@ STEP (arXiv 2509.14165) merges 2x2 to 16x16 patches where a light CNN is sure th
 class; the trunk, pyramid and heads here are ours (CTS, CVPR 2023, used EfficientNet-Lite0).
 """
 
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -33,15 +33,16 @@ class Policy(nn.Module):
         if config.trunk not in timm.list_models(module="", pretrained=False):
             raise ValueError(f"policy trunk {config.trunk!r} is not a timm model")
         # "getter" also prunes the stages behind the last one that is used.
-        self.trunk = timm.create_model(
+        trunk = timm.create_model(
             config.trunk,
             pretrained=False,
             features_only=True,
             feature_cls="getter",
             out_indices=config.stages,
         )
+        self.trunk = trunk
         width = config.width
-        channels = self.trunk.feature_info.channels()
+        channels = cast(Any, trunk).feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
         self.smooth = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -75,13 +76,16 @@ class Policy(nn.Module):
         full = (whole[0] * self.patch, whole[1] * self.patch)
         padding = (0, full[1] - width, 0, full[0] - height)
         padded = F.pad(images, padding, mode="replicate")
-        target = tuple(max(STRIDE, round(side * self.config.scale / STRIDE) * STRIDE) for side in full)
+        strides = (max(1, round(side * self.config.scale / STRIDE)) for side in full)
+        target = tuple(count * STRIDE for count in strides)
         if target == full:
             return padded
         if all(side % new == 0 for side, new in zip(full, target, strict=True)):
             step = (full[0] // target[0], full[1] // target[1])
             return F.avg_pool2d(padded, step)
-        return F.interpolate(padded, target, mode="bilinear", antialias=True, align_corners=False)
+        # In fp32, since the CPU has no antialiased half-precision kernel.
+        scaled = F.interpolate(padded.float(), target, mode="bilinear", antialias=True)
+        return scaled.to(images.dtype)
 
     def pyramid(self, picture: Tensor, whole: tuple[int, ...]) -> Tensor:
         """Fuse the trunk's maps top-down onto the grid of the finest superpatch size."""
@@ -93,16 +97,16 @@ class Policy(nn.Module):
         ):
             level = lateral(features)
             if fused is not None:
-                level = level + _resize(fused, level.shape[2:])
+                level = level + _resize(fused, (level.shape[2], level.shape[3]))
             fused = level
         assert fused is not None
         return cast(Tensor, self.smooth(_resize(fused, target)))
 
 
-def _resize(features: Tensor, target: tuple[int, ...]) -> Tensor:
+def _resize(features: Tensor, target: tuple[int, int]) -> Tensor:
     """Bilinear upwards, average downwards."""
     if features.shape[2:] == torch.Size(target):
         return features
     if all(old >= new for old, new in zip(features.shape[2:], target, strict=True)):
-        return F.adaptive_avg_pool2d(features, list(target))
-    return F.interpolate(features, list(target), mode="bilinear", align_corners=False)
+        return F.adaptive_avg_pool2d(features, target)
+    return F.interpolate(features, target, mode="bilinear", align_corners=False)

@@ -71,10 +71,11 @@ def purity(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor
 
 def class_counts(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:
     """Valid pixels of each class in each square, ``(B, C, h // side, w // side)`` float."""
-    height, width = (length // side * side for length in labels.shape[1:])
-    cut = labels[:, :height, :width].long()
+    height, width = (length // side for length in labels.shape[1:])
+    cut = labels[:, : height * side, : width * side].long()
     onehot = F.one_hot(cut.where(cut != ignore, classes), classes + 1)[..., :classes]
-    return F.avg_pool2d(onehot.movedim(-1, 1).float(), side) * side**2
+    squares = onehot.reshape(len(labels), height, side, width, side, classes)
+    return squares.sum((2, 4)).movedim(-1, 1).float()
 
 
 def padded_labels(labels: Tensor, patch: int) -> Tensor:
@@ -107,8 +108,8 @@ def oracle(
 def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
     """A random partition with as many superpatches of each size as ``partition``, per picture.
 
-    Places are drawn coarse to fine among the free ones. Where chance leaves no room for a small
-    superpatch, fewer are placed (large ones are placed first, so that this is rare).
+    Places are drawn coarse to fine among the free ones. There is always room: wherever a large
+    superpatch lies, it takes the same number of aligned places from the small ones.
     """
     level = torch.where(partition < 0, -1, 0).to(partition.dtype)
     for size in sorted(sizes, reverse=True):

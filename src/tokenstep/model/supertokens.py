@@ -5,18 +5,18 @@ the position embedding pooled over the superpatch (as CTS does for 2x2, CVPR 202
 selected superpatches are embedded.
 """
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed  # type: ignore[attr-defined]  # timm's re-export
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenstep import ragged
-from tokenstep.model.superpatches import Grid
+from tokenstep.model.positions import pooled_positions
+from tokenstep.model.superpatches import Grid, uniform
 from tokenstep.tokens import PackedTokens
 
 
@@ -41,12 +41,17 @@ class ConvEmbed(nn.Module):
 
     It helps a ViT that is trained from scratch on few pictures to see edges (early convolutions,
     arXiv 2106.14881). Cut per patch, so that it costs nothing for patches that were merged away.
+
+    Raises:
+        ValueError: the patch is too small, or leads to another number of positions.
     """
 
     def __init__(self, patch: int, dim: int, width: int = 32) -> None:
         super().__init__()
         self.margin = patch // 2
         step = patch // 4
+        if patch % 2 or step == 0 or not 7 <= 2 * patch // step - 1 <= 8:
+            raise ValueError(f"the conv stem runs on patches of 4, 8, 14, 16 or 32 px, not {patch}")
         self.layers = nn.Sequential(
             nn.Conv2d(3, width, 2 * step, stride=step),
             nn.GELU(),
@@ -104,11 +109,20 @@ class Tokeniser(nn.Module):
         )
 
     def forward(self, pictures: Sequence[Tensor], level: Tensor) -> PackedTokens:
-        """Tokens of ``pictures`` (each ``(3, h, w)``, normalised) under ``level (B, H, W)``."""
+        """Tokens of ``pictures`` (each ``(3, h, w)``, normalised) under ``level (B, H, W)``.
+
+        Raises:
+            ValueError: ``level`` does not cover just the pictures' cells.
+        """
         grids = [self.grid_of(picture) for picture in pictures]
-        batch, height, width = level.shape
-        levels = [int(found) for found in level.unique().tolist() if found >= 0]
+        if not torch.equal(level >= 0, uniform(grids, level.device) >= 0):
+            raise ValueError(
+                f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches"
+            )
+        _, height, width = level.shape
+        levels = [int(found) for found in torch.unique(level).tolist() if found >= 0]
         coarsest = 1 << max(levels)
+        maps = self._position_maps()
         canvas = self.canvas(pictures, (height, width), coarsest)
         features, anchors, sizes = [], [], []
         for rank in levels:
@@ -117,17 +131,17 @@ class Tokeniser(nn.Module):
             picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
             x = self.embed(self._windows(canvas, side, coarsest)[picture, :, row, column])
             if self.sub_patches is not None and rank > 0:
-                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, (picture, row, column)))
-            position = self._positions(grids, side)
-            if position is not None:
-                table, start, columns = position
-                x = x + table[start[picture] + row * columns[picture] + column]
+                where = (picture, row, column)
+                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, where))
+            if maps is not None:
+                x = x + pooled_positions(maps, grids, side).at(picture, row, column)
             features.append(x)
             anchors.append((picture * height + row * side) * width + column * side)
             sizes.append(torch.full_like(picture, side * side))
         anchor, size = torch.cat(anchors), torch.cat(sizes)
         order = anchor.argsort()
-        packed = self._pack(torch.cat(features), anchor[order], size[order], order=order, level=level)
+        x = torch.cat(features)
+        packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
 
     def grid_of(self, picture: Tensor) -> Grid:
@@ -152,41 +166,16 @@ class Tokeniser(nn.Module):
         rows = (row[:, None] * side + inner)[:, :, None]
         columns = (column[:, None] * side + inner)[:, None, :]
         patches = self._windows(canvas, 1, coarsest)[picture[:, None, None], :, rows, columns]
-        return cast(Tensor, self.embed(patches.flatten(0, 2))).unflatten(0, (len(row), side**2)).mean(1)
+        embedded = cast(Tensor, self.embed(patches.flatten(0, 2)))
+        return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
 
-    def _positions(
-        self, grids: Sequence[Grid], side: int
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Position table of all distinct grids pooled by ``side``, and each picture's place in it.
-
-        The table is ``(sum of rows * columns, D)``; picture ``b``'s superpatch ``(i, j)`` is at
-        ``start[b] + i * columns[b] + j``.
-        """
+    def _position_maps(self) -> Tensor | None:
+        """Position embedding of the cells at its own grid, ``(1, D, H0, W0)``."""
         if self.pos_embed is None:
             return None
-        tables: dict[Grid, Tensor] = {}
-        starts: dict[Grid, int] = {}
-        total = 0
-        for grid in dict.fromkeys(grids):
-            starts[grid] = total
-            if min(grid) < side:
-                continue  # no superpatch of this side fits into this picture
-            tables[grid] = F.avg_pool2d(self._grid_positions(grid), side)[0].flatten(1).T
-            total += len(tables[grid])
-        device = self.pos_embed.device
-        start = torch.tensor([starts[grid] for grid in grids], device=device)
-        columns = torch.tensor([grid[1] // side for grid in grids], device=device)
-        return torch.cat(list(tables.values())), start, columns
-
-    def _grid_positions(self, grid: Grid) -> Tensor:
-        """Position embedding resampled to ``grid``, ``(1, D, H, W)``."""
         prefix = self.prefix_count if self.prefix_has_position else 0
-        table = self.pos_embed[:, prefix:]
-        if grid != self.table_grid:
-            table = resample_abs_pos_embed(
-                table, new_size=list(grid), old_size=list(self.table_grid), num_prefix_tokens=0
-            )
-        return cast(Tensor, table).transpose(1, 2).unflatten(2, grid)
+        table = self.pos_embed[:, prefix:].transpose(1, 2)
+        return torch.unflatten(table, 2, self.table_grid)
 
     def _pack(
         self, x: Tensor, anchor: Tensor, size: Tensor, *, order: Tensor, level: Tensor
@@ -230,19 +219,3 @@ def owners(level: Tensor) -> Tensor:
     pictures = torch.arange(batch, device=level.device).view(-1, 1, 1)
     top, left = rows - rows % side, columns - columns % side
     return torch.where(level < 0, -1, (pictures * height + top) * width + left)
-
-
-def sincos_positions(grid: Grid, dim: int) -> Tensor:
-    """Fixed sine and cosine positions ``(1, H * W, D)`` to start a position table from.
-
-    Half of the channels code the row and half the column (MAE, arXiv 2111.06377).
-
-    Raises:
-        ValueError: ``dim`` is no multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(f"sine and cosine positions need a width divisible by 4, got {dim}")
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(dim // 4) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]

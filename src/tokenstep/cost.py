@@ -1,0 +1,97 @@
+"""Compute of one picture in GMAC, from the tokens that it really had.
+
+Linear layers and attention are counted by formula, the convolutional parts by torch's own counter
+on the meta device. Norms, softmax and activations are not counted, as in the literature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenstep.config import PolicyConfig
+from tokenstep.model.decode import LinearDecoder, MaskDecoder
+from tokenstep.model.exits import ExitHeads
+from tokenstep.model.policy import Policy
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """GMAC of each stage for one picture."""
+
+    policy: float
+    embed: float
+    blocks: float
+    exits: float
+    decoder: float
+
+    @property
+    def total(self) -> float:
+        """GMAC of all stages together."""
+        return self.policy + self.embed + self.blocks + self.exits + self.decoder
+
+
+def block_macs(block: nn.Module, rows: int) -> int:
+    """Multiply-adds of a timm block over ``rows`` rows: its linear layers and attention."""
+    attention = cast(Attention, block.attn)
+    return linear_macs(block) * rows + 2 * rows * rows * int(attention.attn_dim)
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds of all linear layers of a module for one row."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def blocks_macs(blocks: Sequence[nn.Module], rows: Sequence[int]) -> int:
+    """Multiply-adds of all blocks, of which block k saw ``rows[k]`` rows."""
+    return sum(block_macs(block, count) for block, count in zip(blocks, rows, strict=True))
+
+
+def exits_macs(exits: ExitHeads, rows: Sequence[int]) -> int:
+    """Multiply-adds of the exits; the one after block k classifies all rows that ran block k."""
+    heads = zip(exits.after, exits.heads, strict=True)
+    return sum(linear_macs(head) * rows[after - 1] for after, head in heads)
+
+
+def decoder_macs(decoder: nn.Module, rows: int) -> int:
+    """Multiply-adds of a decoder over the ``rows`` rows that are left."""
+    if isinstance(decoder, MaskDecoder):
+        joined = rows + decoder.classes
+        project, tokens = linear_macs(decoder.project), linear_macs(decoder.token_project)
+        own = linear_macs(decoder.class_project) * decoder.classes
+        products = decoder.token_project.weight.shape[0] * decoder.classes * rows
+        blocks = sum(block_macs(block, joined) for block in decoder.blocks)
+        return (project + tokens) * rows + own + products + blocks
+    if isinstance(decoder, LinearDecoder):
+        return linear_macs(decoder) * rows
+    raise TypeError(f"no cost is known for a decoder of type {type(decoder).__name__}")
+
+
+@lru_cache(maxsize=256)
+def policy_macs(config: PolicyConfig, patch: int, size: tuple[int, int]) -> int:
+    """Multiply-adds of the policy on a picture of ``size`` (h, w)."""
+    with torch.device("meta"):
+        policy = Policy(config, patch).eval()
+        return count_macs(policy, torch.empty(1, 3, *size))
+
+
+def embed_macs(embed: nn.Module, extent: int) -> int:
+    """Multiply-adds of embedding one window of ``extent`` pixels a side."""
+    weight = next(embed.parameters())
+    return count_macs(
+        embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
+    )
+
+
+def count_macs(module: nn.Module, x: Tensor) -> int:
+    """Multiply-adds of a forward pass by torch's counter, which counts two per multiply-add."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x)
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,151 @@
+"""The pipeline in one forward: pictures -> partition -> tokens -> encoder -> logits."""
+
+from collections.abc import Sequence
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenstep.config import ModelConfig, Settings
+from tokenstep.errors import TokenstepError
+from tokenstep.model import superpatches
+from tokenstep.model.backbone import build_vit
+from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
+from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported
+from tokenstep.model.exits import EarlyPruning, ExitHeads
+from tokenstep.model.policy import Policy
+from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser
+from tokenstep.model.unmerge import rows_of_cells, token_values
+from tokenstep.reducers.base import Reducer
+from tokenstep.result import Segmented
+
+Pictures = Tensor | Sequence[Tensor]
+
+
+class StepNetwork(nn.Module):
+    """A plain ViT segmenter with dCTS supertokens and early pruning: tensors in, logits out.
+
+    Raises:
+        ValueError: the backbone has a part that packed tokens cannot run, by name.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        classes = len(config.classes)
+        vit = build_vit(config.vit)
+        require_supported(vit)
+        patch = int(vit.patch_embed.patch_size[0])
+        self.patch = patch
+        dim, cells = int(vit.embed_dim), config.vit.cells
+        run = EncoderSettings(size_bias=config.vit.size_bias)
+        embed: nn.Module = LinearEmbed(vit.patch_embed)
+        if config.vit.stem == "conv":
+            embed = ConvEmbed(patch, dim)
+        self.policy = Policy(config.policy, patch)
+        self.tokenise = Tokeniser(vit, embed, sub_patches=config.vit.sub_patches)
+        self.encoder = Encoder(vit, run)
+        self.exits = ExitHeads(config.vit.exits, dim, classes, cells)
+        self.decoder: nn.Module = LinearDecoder(dim, classes, cells)
+        if config.vit.decoder == "mask":
+            heads = vit.blocks[0].attn.num_heads
+            self.decoder = MaskDecoder(dim, classes, cells, heads=heads, settings=run)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        pictures: Pictures,
+        *,
+        settings: Settings | None = None,
+        level: Tensor | None = None,
+        observers: Sequence[Reducer] = (),
+    ) -> Segmented:
+        """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, float RGB in 0..1.
+
+        ``settings`` default to the model's own; ``level (B, H, W)`` replaces the policy's
+        partition; ``observers`` are asked after each block before the exits are.
+        """
+        settings = self.config.settings if settings is None else settings
+        normal = self.normalise(pictures)
+        level = self.partition(normal, settings) if level is None else level
+        return self.encode(normal, level, settings=settings, observers=observers)
+
+    def normalise(self, pictures: Pictures) -> list[Tensor]:
+        """Subtract the mean and divide by the standard deviation, picture by picture."""
+        mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
+        return [(picture.to(mean.dtype) - mean) / std for picture in pictures]
+
+    def partition(self, normal: Sequence[Tensor], settings: Settings) -> Tensor:
+        """The policy's partition ``(B, H, W)`` of normalised pictures; none without merging."""
+        grids = [self.tokenise.grid_of(picture) for picture in normal]
+        level = superpatches.uniform(grids, normal[0].device)
+        if not settings.merge:
+            return level
+        # Pictures of one size go through the CNN together; a picture padded to another's size
+        # would be scored differently at its border.
+        shapes = [picture.shape for picture in normal]
+        for shape in dict.fromkeys(shapes):
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            height, width = grids[members[0]]
+            scores = self.scores(torch.stack([normal[index] for index in members]))
+            level[members, :height, :width] = superpatches.from_scores(
+                scores, self.config.policy.sizes, settings.merge, level[members, :height, :width]
+            )
+        return level
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> list[Tensor]:
+        """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size, no gradient."""
+        return [score.float().sigmoid() for score in self.policy(images)]
+
+    def encode(
+        self,
+        normal: Sequence[Tensor],
+        level: Tensor,
+        *,
+        settings: Settings,
+        observers: Sequence[Reducer] = (),
+    ) -> Segmented:
+        """Embed, run the blocks and exits, and classify the tokens of normalised pictures."""
+        tokens = self.tokenise(normal, level)
+        reducers = list(observers)
+        if settings.exits:
+            reducers.append(EarlyPruning(self.exits, settings.exits, settings.spare))
+        tokens, live = self.encoder(tokens, reducers)
+        logits = self.decoder(tokens)
+        halted = tokens.halted.logits if tokens.halted is not None else None
+        sizes = tuple((picture.shape[-2], picture.shape[-1]) for picture in normal)
+        return Segmented(tokens, token_values(logits, halted), level, tuple(live), sizes)
+
+    def label_maps(self, segmented: Segmented) -> list[Tensor]:
+        """Class of every pixel of each picture, ``(h, w)`` uint8.
+
+        Raises:
+            TokenstepError: the logits are not finite.
+        """
+        if not bool(torch.isfinite(segmented.logits).all()):
+            raise TokenstepError(
+                "the model produced NaN or infinite logits: run it in fp32, or check its weights"
+            )
+        rows = rows_of_cells(segmented.tokens)
+        maps = []
+        for index, size in enumerate(segmented.sizes):
+            height, width = (-(-side // self.patch) for side in size)
+            maps.append(
+                label_map(
+                    segmented.logits,
+                    rows[index, :height, :width],
+                    segmented.level[index, :height, :width],
+                    patch=self.patch,
+                    size=size,
+                )
+            )
+        return maps
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; a frozen policy stays in eval mode, or its statistics drift."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.policy.parameters()):
+            self.policy.eval()
+        return self

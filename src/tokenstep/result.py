@@ -1,0 +1,79 @@
+"""What segmenting returns: the raw outcome of a forward, and one picture's result for users."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenstep.cost import Cost
+from tokenstep.tokens import PackedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """What a forward returns: logits of every token, and where each token speaks."""
+
+    tokens: PackedTokens  # after the last block
+    logits: Tensor  # (T + A, S, C): live rows, then halted ones
+    level: Tensor  # (B, H, W) int8, the partition
+    live: tuple[tuple[int, ...], ...]  # rows of each picture that entered each block
+    sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUse:
+    """Where one picture's tokens went. Prefix tokens (CLS, registers) are not counted."""
+
+    grid: int  # patches of the picture: the tokens of the dense model
+    start: int  # tokens that entered the first block
+    end: int  # tokens that were live after the last block
+    halted: dict[int, int]  # blocks run -> tokens that halted there, one entry per exit
+    level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
+    layer: NDArray[np.int16]  # (H, W): blocks that ran for the cell's token
+    depth: int  # blocks of the model
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One segmented picture."""
+
+    labels: NDArray[np.uint8]  # (h, w), the picture's own size
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    tokens: TokenUse
+    cost: Cost
+    dense_cost: Cost  # of the same model without merging and exits
+    patch: int  # pixels a side
+    milliseconds: dict[str, float]  # per stage: policy, encode, decode
+
+    def shares(self) -> dict[str, float]:
+        """Share of the pixels that each class holds, 0 to 1."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        total = self.labels.size
+        return {
+            name: float(count) / total
+            for name, count in zip(self.class_names, counts, strict=False)
+        }
+
+    def report(self) -> dict[str, object]:
+        """The entry of ``report.json``: tokens, GMAC, milliseconds and class shares."""
+        height, width = self.labels.shape
+        tokens = self.tokens
+        return {
+            "width": width,
+            "height": height,
+            "tokens": {
+                "grid": tokens.grid,
+                "start": tokens.start,
+                "end": tokens.end,
+                "halted": {str(layer): count for layer, count in tokens.halted.items()},
+            },
+            "gmac": {
+                "dense": round(self.dense_cost.total, 4),
+                "used": round(self.cost.total, 4),
+                "policy": round(self.cost.policy, 4),
+            },
+            "milliseconds": {stage: round(time, 2) for stage, time in self.milliseconds.items()},
+            "classes": {name: round(share, 5) for name, share in self.shares().items()},
+        }
