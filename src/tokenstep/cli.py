@@ -15,10 +15,11 @@ from rich.table import Table
 
 from tokenstep import __version__
 from tokenstep.config import DENSE, PolicyRecipe, SegmenterRecipe, Settings, read_recipe
-from tokenstep.data import LabelledFolder, find_pictures, write_text
+from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import PARTITIONS, Comparison, evaluate
 from tokenstep.infer import SegmentJob, segment_files
+from tokenstep.pictures import find_pictures, write_text
 from tokenstep.segmenter import StepSegmenter, load
 
 app = typer.Typer(

@@ -94,6 +94,35 @@ class ModelConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    def __post_init__(self) -> None:
+        # Label maps are uint8, and 255 means "no class".
+        if not 1 <= len(self.classes) <= 255 or len(self.palette) != len(self.classes):
+            raise TokenstepError(
+                f"model: give 1 to 255 classes and one colour per class, got {len(self.classes)} "
+                f"classes and {len(self.palette)} colours"
+            )
+        self.check(self.settings)
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that do not fit this model.
+
+        Raises:
+            TokenstepError: there is not one threshold per superpatch size, or per exit, or a
+                threshold is not within 0 to 1, or ``spare`` is negative.
+        """
+        if not all(0 <= bar <= 1 for bar in settings.merge + settings.exits) or settings.spare < 0:
+            raise TokenstepError(
+                f"settings: thresholds must be 0 to 1 and spare 0 or more, got {settings}"
+            )
+        for what, given, of in (
+            ("superpatch size", settings.merge, self.policy.sizes),
+            ("exit", settings.exits, self.vit.exits),
+        ):
+            if given and len(given) != len(of):
+                raise TokenstepError(
+                    f"settings: give no threshold or one per {what} {of}, got {given}"
+                )
+
 
 def from_dict(kind: type[T], data: object, where: str) -> T:
     """Build the dataclass ``kind`` from parsed JSON or TOML, nested ones too.
@@ -115,7 +144,8 @@ def _convert(kind: Any, value: object, where: str) -> object:
             return None
         return _convert(next(arg for arg in args if arg is not NoneType), value, where)
     if origin is Literal:
-        if value not in args:
+        # By type too, since True == 1 == 1.0.
+        if (type(value), value) not in [(type(arg), arg) for arg in args]:
             raise TokenstepError(f"{where}: expected one of {list(args)}, got {value!r}")
         return value
     if origin is tuple:
@@ -220,6 +250,9 @@ class PolicyRecipe:
     tolerance: float = 0.0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    def __post_init__(self) -> None:
+        _check_phases(self.phases)
+
 
 @dataclass(frozen=True)
 class SegmenterRecipe:
@@ -238,6 +271,14 @@ class SegmenterRecipe:
     class_balance: float = 0.0
     exit_weight: float = 0.5
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        _check_phases(self.phases)
+
+
+def _check_phases(phases: tuple[Phase, ...]) -> None:
+    if not phases:
+        raise TokenstepError("recipe: has no [[phases]]; give at least one with steps and batch")
 
 
 def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from tokenstep.config import DENSE, Settings
-from tokenstep.data import read_picture, write_whole
 from tokenstep.draw import overlay, palette_image, token_map
 from tokenstep.errors import TokenstepError
+from tokenstep.pictures import read_picture, write_whole
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
 

@@ -4,6 +4,7 @@ Everything random is drawn from the seed and the step, so that a run that was ki
 again goes on as if nothing had happened.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tokenstep.config import DataConfig, Phase, TrainerConfig
-from tokenstep.data import LabelledFolder, write_whole
+from tokenstep.data import LabelledFolder
+from tokenstep.pictures import write_whole
 from tokenstep.transforms import TrainTransform
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -141,6 +143,7 @@ def run_phase(
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     trainer = pl.Trainer(
         max_steps=module.phase.steps,
+        log_every_n_steps=1,
         accelerator=settings.accelerator,
         devices=settings.devices,
         precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
@@ -155,8 +158,11 @@ def run_phase(
         enable_model_summary=False,
     )
     last = folder / "last.ckpt"
-    # Our own checkpoint of this very run: the one file that is unpickled, tensors and numbers only.
-    trainer.fit(module, val_dataloaders=val, ckpt_path=last if last.is_file() else None)
+    with warnings.catch_warnings():
+        # The stream starts at the step of the checkpoint, which Lightning cannot know.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        # Our own checkpoint of this very run is the one file that is ever unpickled.
+        trainer.fit(module, val_dataloaders=val, ckpt_path=last if last.is_file() else None)
     if trainer.global_step < module.phase.steps:
         raise KeyboardInterrupt  # Lightning swallows it to shut down in order
     if trainer.is_global_zero:

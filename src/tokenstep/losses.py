@@ -29,10 +29,12 @@ def homogeneity_loss(scores: Sequence[Tensor], targets: Sequence[Tensor]) -> Ten
     """Binary cross-entropy of the policy's logits, mean over sizes.
 
     Large superpatches are rarely homogeneous and small ones mostly are, so within each size both
-    outcomes get the same weight in the batch.
+    outcomes get the same weight in the batch. Sizes too large for the pictures do not count.
     """
     losses = []
     for score, target in zip(scores, targets, strict=True):
+        if target.numel() == 0:
+            continue
         share = target.float().mean().clamp(0.02, 0.98)
         weight = torch.where(target, 0.5 / share, 0.5 / (1 - share))
         losses.append(F.binary_cross_entropy_with_logits(score, target.float(), weight))
@@ -49,16 +51,23 @@ def segmentation_loss(
     """Cross-entropy of live and halted tokens' logits against ``labels (B, h, w)``, int64.
 
     It is taken on the grid of sub-cells, whose label is that of the pixel at their middle: there
-    a supertoken counts by its area, and no logits at picture resolution are needed.
+    a supertoken counts by its area, and no logits at picture resolution are needed. Labels must
+    fill whole patches (:func:`padded_labels`); where all are ignored the loss is 0.
     """
     spread = unmerge(tokens, logits, level)
     target = F.interpolate(labels[:, None].float(), spread.shape[1:3], mode="nearest-exact")
-    return F.cross_entropy(
+    flat = target.long().flatten()
+    summed = F.cross_entropy(
         spread.flatten(0, 2).float(),
-        target.long().flatten(),
+        flat,
         weight=class_weight,
         ignore_index=IGNORE,
+        reduction="sum",
     )
+    if class_weight is None:
+        class_weight = summed.new_ones(logits.shape[-1])
+    weight = F.pad(class_weight, (0, 1))[flat.clamp(max=len(class_weight))].sum()
+    return summed / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def class_weights(pixels: Tensor, power: float) -> Tensor:

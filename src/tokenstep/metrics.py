@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenstep.data import IGNORE
+from tokenstep.errors import TokenstepError
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality on a data set, all 0 to 1; a class that never occurs has no IoU."""
+    """Quality on a data set, all 0 to 1; None where nothing of the kind ever occurs."""
 
     miou: float
     iou: tuple[float | None, ...]
     accuracy: float
-    boundary_iou: float
+    boundary_iou: float | None
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -38,9 +39,11 @@ def iou_of(confusion: Tensor) -> Tensor:
 def interior(labels: Tensor, distance: int) -> Tensor:
     """Mask of the pixels all of whose neighbours within ``distance`` have their own label.
 
-    ``labels`` is ``(h, w)``; beyond the picture there is nothing to differ.
+    ``labels`` is ``(h, w)``; ignored pixels and what lies beyond the picture never differ.
     """
-    high, low = labels[None].float(), -labels[None].float()
+    nothing = (labels == IGNORE)[None]
+    high = labels[None].float().masked_fill(nothing, -torch.inf)
+    low = (-labels[None].float()).masked_fill(nothing, -torch.inf)
     side = 2 * distance + 1
     for kernel, padding in (((side, 1), (distance, 0)), ((1, side), (0, distance))):
         high = F.max_pool2d(high, kernel, stride=1, padding=padding)
@@ -53,7 +56,7 @@ class Tally:
 
     mIoU comes from one summed confusion matrix. Boundary IoU (arXiv 2103.16562) compares each
     class's band of pixels within 2 % of the diagonal of a boundary, also summed over the set;
-    unlike there, the picture's own border is no boundary.
+    unlike there, the border of the picture or of an ignored region is no boundary.
     """
 
     def __init__(self, classes: int) -> None:
@@ -63,28 +66,33 @@ class Tally:
         self.either = torch.zeros(classes, dtype=torch.int64)
 
     def add(self, predicted: Tensor, labels: Tensor) -> None:
-        """Count one picture: two uint8 maps ``(h, w)``."""
+        """Count one picture: two uint8 maps ``(h, w)`` on the CPU."""
         self.confusion += confusion_matrix(predicted, labels, self.classes)
         height, width = labels.shape
         distance = max(1, round(0.02 * (height**2 + width**2) ** 0.5))
         valid = labels != IGNORE
-        bands = [
-            torch.where(valid & ~interior(which, distance), which.long(), self.classes)
-            for which in (predicted, labels)
-        ]
+        bands = []
+        for which in (predicted, labels):
+            known = which.long().where(valid, IGNORE)
+            bands.append(known.where(valid & ~interior(known, distance), self.classes))
         counts = [torch.bincount(band.flatten(), minlength=self.classes + 1) for band in bands]
         shared = torch.bincount(bands[0][bands[0] == bands[1]], minlength=self.classes + 1)
         self.shared += shared[:-1]
         self.either += (counts[0] + counts[1] - shared)[:-1]
 
     def scores(self) -> Scores:
-        """The scores of all pictures so far."""
+        """The scores of all pictures so far.
+
+        Raises:
+            TokenstepError: no pixel has a label.
+        """
+        if not self.confusion.any():
+            raise TokenstepError(f"no pixel of the data has a label: all are {IGNORE} (ignored)")
         iou = iou_of(self.confusion)
         boundary = self.shared.double() / self.either
-        total = int(self.confusion.sum())
         return Scores(
             miou=float(iou.nanmean()),
             iou=tuple(None if bool(value.isnan()) else float(value) for value in iou),
-            accuracy=float(self.confusion.diag().sum()) / max(total, 1),
-            boundary_iou=float(boundary.nanmean()),
+            accuracy=float(self.confusion.diag().sum() / self.confusion.sum()),
+            boundary_iou=None if bool(boundary.isnan().all()) else float(boundary.nanmean()),
         )

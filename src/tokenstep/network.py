@@ -26,7 +26,8 @@ class StepNetwork(nn.Module):
     """A plain ViT segmenter with dCTS supertokens and early pruning: tensors in, logits out.
 
     Raises:
-        ValueError: the backbone has a part that packed tokens cannot run, by name.
+        ValueError: the backbone has a part that packed tokens cannot run, by name; or the
+            exits do not lie between its blocks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,6 +46,12 @@ class StepNetwork(nn.Module):
         self.policy = Policy(config.policy, patch)
         self.tokenise = Tokeniser(vit, embed, sub_patches=config.vit.sub_patches)
         self.encoder = Encoder(vit, run)
+        depth = len(vit.blocks)
+        if list(config.vit.exits) != sorted({*config.vit.exits} & {*range(1, depth)}):
+            raise ValueError(
+                f"exits must be rising counts of blocks from 1 to {depth - 1}, "
+                f"got {config.vit.exits} for {depth} blocks"
+            )
         self.exits = ExitHeads(config.vit.exits, dim, classes, cells)
         self.decoder: nn.Module = LinearDecoder(dim, classes, cells)
         if config.vit.decoder == "mask":
@@ -96,8 +103,17 @@ class StepNetwork(nn.Module):
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> list[Tensor]:
-        """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size, no gradient."""
-        return [score.float().sigmoid() for score in self.policy(images)]
+        """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size, no gradient.
+
+        Raises:
+            TokenstepError: the scores are not finite; they would pass for "merge nothing".
+        """
+        scores = [score.float().sigmoid() for score in self.policy(images)]
+        if not torch.stack([score.isfinite().all() for score in scores]).all():
+            raise TokenstepError(
+                "the policy produced NaN scores: run it in fp32, or check its weights"
+            )
+        return scores
 
     def encode(
         self,

@@ -16,10 +16,10 @@ from torch import Tensor
 from tokenstep import cost
 from tokenstep.config import ModelConfig, Settings, from_dict
 from tokenstep.cost import Cost
-from tokenstep.data import Picture, picture_tensor
 from tokenstep.errors import TokenstepError
 from tokenstep.model.unmerge import layer_of_cells
 from tokenstep.network import StepNetwork
+from tokenstep.pictures import Picture, picture_tensor
 from tokenstep.result import Result, Segmented, TokenUse
 from tokenstep.transforms import to_float
 

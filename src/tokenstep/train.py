@@ -20,7 +20,7 @@ from tokenstep.config import (
     Settings,
     from_dict,
 )
-from tokenstep.data import LabelledFolder, write_text
+from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.loop import PhaseModule, run_phase, save_weights
 from tokenstep.losses import (
@@ -33,6 +33,7 @@ from tokenstep.metrics import confusion_matrix, iou_of
 from tokenstep.model import superpatches
 from tokenstep.model.exits import DeepSupervision
 from tokenstep.model.policy import Policy
+from tokenstep.pictures import write_text
 from tokenstep.segmenter import WEIGHTS, StepSegmenter
 from tokenstep.transforms import to_float
 
@@ -78,7 +79,7 @@ class SegmenterModule(PhaseModule):
         images, labels = batch
         settings = self.recipe.settings
         # Drawn from the step alone, so that a resumed run draws the same.
-        torch.manual_seed(self.seed * 1_000_003 + self.done_steps + index)
+        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
         normal = self.model.normalise(images)
         level = self.model.partition(normal, settings)
         dense = torch.rand(len(images), device=level.device) < self.phase.dense_share
@@ -123,7 +124,10 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
     """
     val = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
     torch.manual_seed(recipe.trainer.seed)
-    policy = Policy(recipe.policy, recipe.patch)
+    try:
+        policy = Policy(recipe.policy, recipe.patch)
+    except ValueError as error:
+        raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
     for number, phase in enumerate(recipe.phases):
         module = PolicyModule(recipe, phase, policy, len(val.classes.names))
@@ -148,7 +152,10 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
     policy_config, state, patch = load_policy(Path(recipe.policy_weights))
     config = ModelConfig(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings)
     torch.manual_seed(recipe.trainer.seed)
-    model = StepSegmenter(config)
+    try:
+        model = StepSegmenter(config)
+    except ValueError as error:
+        raise TokenstepError(f"recipe: {error}") from error
     if model.patch != patch:
         raise TokenstepError(
             f"{recipe.policy_weights}: the policy was trained for patches of {patch} px but the "

@@ -21,28 +21,20 @@ class Policy(nn.Module):
     """Scores how surely each superpatch shows one class.
 
     Raises:
-        ValueError: the trunk is no timm model with features, or a size is no power of two.
+        ValueError: the trunk is no timm CNN with these stages, or a size is no power of two.
     """
 
     def __init__(self, config: PolicyConfig, patch: int) -> None:
         super().__init__()
         self.config = config
         self.patch = patch
+        if not config.sizes or not config.stages:
+            raise ValueError("the policy needs at least one superpatch size and one stage")
         for size in config.sizes:
             level_of(size)
-        if config.trunk not in timm.list_models(module="", pretrained=False):
-            raise ValueError(f"policy trunk {config.trunk!r} is not a timm model")
-        # "getter" also prunes the stages behind the last one that is used.
-        trunk = timm.create_model(
-            config.trunk,
-            pretrained=False,
-            features_only=True,
-            feature_cls="getter",
-            out_indices=config.stages,
-        )
-        self.trunk = trunk
+        self.trunk = build_trunk(config)
         width = config.width
-        channels = cast(Any, trunk).feature_info.channels()
+        channels = cast(Any, self.trunk).feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
         self.smooth = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -101,6 +93,33 @@ class Policy(nn.Module):
             fused = level
         assert fused is not None
         return cast(Tensor, self.smooth(_resize(fused, target)))
+
+
+def build_trunk(config: PolicyConfig) -> nn.Module:
+    """Build the timm CNN whose ``stages`` feed the pyramid, untrained.
+
+    Raises:
+        ValueError: timm knows no such model, it takes pictures of one size only, or it lacks a
+            stage.
+    """
+    known = timm.get_pretrained_cfg(config.trunk) if timm.is_model(config.trunk) else None
+    if known is None or known.fixed_input_size:
+        raise ValueError(
+            f"policy trunk {config.trunk!r} is not a timm CNN that takes pictures of any size"
+        )
+    try:
+        # "getter" also prunes the stages behind the last one that is used.
+        return timm.create_model(
+            config.trunk,
+            pretrained=False,
+            features_only=True,
+            feature_cls="getter",
+            out_indices=config.stages,
+        )
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"policy trunk {config.trunk!r} has no such stages {config.stages}: {error}"
+        ) from error
 
 
 def _resize(features: Tensor, target: tuple[int, int]) -> Tensor:

@@ -1,0 +1,57 @@
+"""Helpers of the tests: random weights that hide nothing, random partitions, naive readings."""
+
+import torch
+from torch import Tensor, nn
+
+from tokenstep.model import superpatches
+from tokenstep.model.superpatches import Grid
+from tokenstep.model.unmerge import unmerge
+from tokenstep.result import Segmented
+from tokenstep.tokens import PackedTokens
+
+
+@torch.no_grad()
+def scramble(module: nn.Module) -> None:
+    """Give every parameter a random value, those too that start at zero or one."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("pos_embed", "cls_token", "reg_token")):
+            parameter.normal_(std=0.5)
+        elif parameter.ndim < 2:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+
+
+def random_partition(grids: list[Grid], sizes: tuple[int, ...] = (2, 4)) -> Tensor:
+    """A partition with superpatches of all sizes, drawn picture by picture."""
+    empty = superpatches.uniform(grids)
+    height, width = empty.shape[1:]
+    scores = [torch.rand(len(grids), height // size, width // size) for size in sizes]
+    return superpatches.from_scores(scores, sizes, [0.5] * len(sizes), empty)
+
+
+def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedTokens:
+    """Unmerged tokens of pictures of ``grids``, with random features."""
+    owner = torch.full((len(grids), *(max(side) for side in zip(*grids, strict=True))), -1)
+    anchors, lengths = [], []
+    for index, (height, width) in enumerate(grids):
+        flat = torch.arange(owner.numel()).view_as(owner)[index, :height, :width]
+        owner[index, :height, :width] = flat
+        anchors += [torch.full((prefix,), -1), flat.flatten()]
+        lengths.append(prefix + flat.numel())
+    anchor = torch.cat(anchors)
+    return PackedTokens(
+        x=torch.randn(len(anchor), dim),
+        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        size=torch.ones_like(anchor),
+        anchor=anchor,
+        owner=owner,
+    )
+
+
+def cell_logits(segmented: Segmented, index: int, grid: Grid) -> Tensor:
+    """Logits of one picture of a batch on its grid of sub-cells, ``(H * s, W * s, C)``."""
+    tokens = segmented.tokens
+    spread = unmerge(tokens, segmented.logits[: len(tokens.x)], segmented.level)
+    side = spread.shape[1] // segmented.level.shape[1]
+    return spread[index, : grid[0] * side, : grid[1] * side]
