@@ -96,7 +96,7 @@ def test_merging_nothing_changes_nothing() -> None:
 )
 def test_illegal_merges_are_refused(into: list[int], reason: str) -> None:
     tokens = grid_tokens([(2, 2), (1, 2)])
-    with pytest.raises(ValueError, match="into|rows"):
+    with pytest.raises(ValueError, match=r"into|rows"):
         tokens.merge(torch.tensor(into))
 
 

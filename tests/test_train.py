@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenstep.config import (
-    DENSE,
     DataConfig,
     Phase,
     PolicyConfig,
@@ -92,9 +91,7 @@ def test_the_policy_learns_which_superpatches_are_homogeneous(policy: Path) -> N
     assert report["all"]["reduction"] > smallest["reduction"] > 1.2
 
 
-def test_a_trained_segmenter_is_right_and_merges(
-    drawn: Path, policy: Path, tmp_path: Path
-) -> None:
+def test_a_trained_segmenter_is_right_and_merges(drawn: Path, policy: Path, tmp_path: Path) -> None:
     phase = Phase(steps=90, batch=8, crop=(64, 64), lr=2e-3, warmup=10, dense_share=0.2)
     tuned = Phase(steps=10, batch=8, crop=(64, 64), lr=2e-4, warmup=2, pruning=True)
     train_segmenter(segmenter_recipe(drawn, policy, tmp_path, phase, tuned), progress=False)
@@ -106,8 +103,9 @@ def test_a_trained_segmenter_is_right_and_merges(
     for half in ("dense", "reduced"):
         assert report[half]["miou"] > 0.6, half  # guessing one class gives less than 0.3
     assert report["reduced"]["tokens"]["start"] < 0.8 * report["dense"]["tokens"]["start"]
-    assert report["reduced"]["gmac"]["total"] - report["reduced"]["gmac"]["policy"] < (
-        report["dense"]["gmac"]["total"]
+    assert (
+        report["reduced"]["gmac"]["total"] - report["reduced"]["gmac"]["policy"]
+        < (report["dense"]["gmac"]["total"])
     )
     assert 0 < report["reduced"]["halted_share"] < 1
     assert json.loads((tmp_path / "recipe.json").read_text())["vit"]["patch"] == 8

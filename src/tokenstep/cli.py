@@ -1,25 +1,27 @@
 """The command line: one command per verb. Errors are one line; progress goes to stderr."""
 
+import io
 import json
+import logging
 import sys
-from collections.abc import Callable
+import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from tokenstep import __version__
+from tokenstep import __version__, tables
 from tokenstep.config import DENSE, PolicyRecipe, SegmenterRecipe, Settings, read_recipe
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import PARTITIONS, Comparison, evaluate
-from tokenstep.infer import SegmentJob, segment_files
-from tokenstep.pictures import find_pictures, write_text
+from tokenstep.infer import Report, SegmentJob, segment_files
+from tokenstep.pictures import find_pictures, require_writable, write_text
 from tokenstep.segmenter import StepSegmenter, load
 
 app = typer.Typer(
@@ -30,7 +32,9 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a policy, then a segmenter with it.")
 app.add_typer(train_app, name="train")
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+# Names of files are shown as they are, whatever rich would make of their brackets and colons.
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 ModelName = Annotated[
     str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
@@ -51,11 +55,21 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; a fault of the call or of a file ends with one line and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name need not be text that prints
+            stream.reconfigure(errors="backslashreplace")
+    # A damaged picture gets its one line from us, or is read all the same.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     try:
         app()
     except TokenstepError as error:
-        errors.print(f"tokenstep: {error}")
+        _complain(str(error))
         sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    errors.print("tokenstep:", " ".join(message.splitlines()))
 
 
 @app.callback(invoke_without_command=True)
@@ -90,25 +104,39 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
-    paths = find_pictures(pictures)
+    if dense and (merge is not None or exits is not None):
+        raise TokenstepError("--dense: switches merging and exits off; leave out --merge, --exits")
+    paths, entries = _find(pictures)
     network = _load(model, device, threads)
     settings = DENSE if dense else _settings(network, merge, exits)
+    require_writable(out)
+    for entry in entries:
+        _complain(entry["error"])
     job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare)
-    entries = []
-    # The folder must take files before any work is done.
-    _write_json({"images": []}, out / "report.json")
     with _progress() as progress:
         for entry in progress.track(
             segment_files(network, paths, job), total=len(paths), description="segment"
         ):
             entries.append(entry)
             if "error" in entry:
-                errors.print(f"tokenstep: {entry['error']}")
-    _write_json({"images": entries}, out / "report.json")
-    failed = sum("error" in entry for entry in entries)
-    _print_segmented([entry for entry in entries if "error" not in entry], out)
-    if failed:
+                _complain(entry["error"])
+    write_text(out / "report.json", _json({"images": entries}) + "\n")
+    done = [entry for entry in entries if "error" not in entry]
+    if done:
+        console.print(tables.segmented(done))
+        print(f"results in {out}")
+    if len(done) < len(entries):
         raise typer.Exit(1)
+
+
+def _find(pictures: list[str]) -> tuple[list[Path], list[Report]]:
+    """The pictures of the call, and an entry for each argument that holds none."""
+    paths, faults = find_pictures(pictures)
+    if not paths:
+        for fault in faults.values():
+            _complain(fault)
+        raise typer.Exit(2)
+    return paths, [{"file": file, "error": fault} for file, fault in faults.items()]
 
 
 @app.command("evaluate")
@@ -120,11 +148,13 @@ def evaluate_command(
         list[str] | None, typer.Option(help="Patterns of picture names; '!' before one excludes.")
     ] = None,
     partition: Annotated[str, typer.Option(help=f"One of {', '.join(PARTITIONS)}.")] = "policy",
-    tolerance: Annotated[float, typer.Option(help="Impurity that the oracle lets pass.")] = 0.0,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Impurity that the oracle lets pass.")
+    ] = 0.0,
     merge: Merge = None,
     exits: Exits = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
+        Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -133,31 +163,41 @@ def evaluate_command(
     source = next((known for known in PARTITIONS if known == partition), None)
     if source is None:
         raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITIONS)}")
-    network = _load(model, device, threads)
+    printed = json_file == Path("-")
+    if json_file is not None and not printed:
+        if json_file.is_dir():
+            raise TokenstepError(f"--json {json_file}: is a folder; name a file in it")
+        require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
+    network = _load(model, device, threads)
     comparison = Comparison(_settings(network, merge, exits), source, tolerance)
     with _progress() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         found = evaluate(network, folder, comparison, on_picture=lambda: progress.advance(task))
-    report = {"model": model, "data": data.name, "split": split, **found}
+    report = {"model": model, "data": data.resolve().name, "split": split, **found}
+    if printed:
+        print(_json(report))
+        return
     if json_file is not None:
-        _write_json(report, json_file)
-    _print_evaluation(report)
+        write_text(json_file, _json(report) + "\n")
+    console.print(tables.evaluated(report))
 
 
 @train_app.command("policy")
 def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train the policy that finds homogeneous superpatches, from label maps."""
+    _require_training()
     from tokenstep.train import train_policy
 
     read = read_recipe(PolicyRecipe, recipe, overrides or [])
     report = train_policy(read, progress=sys.stderr.isatty())
-    print(json.dumps(report, indent=1))
+    print(_json(report))
 
 
 @train_app.command("segmenter")
 def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train a segmenter on merged tokens, with the policy frozen."""
+    _require_training()
     from tokenstep.train import train_segmenter
 
     read = read_recipe(SegmenterRecipe, recipe, overrides or [])
@@ -165,19 +205,24 @@ def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     print(f"saved to {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")
 
 
+def _require_training() -> None:
+    missing = [name for name in ("lightning", "tensorboard") if find_spec(name) is None]
+    if missing:
+        remedy = "install the extra: pip install 'tokenstep[train]'"
+        raise TokenstepError(f"train: {' and '.join(missing)} missing; {remedy}")
+
+
 def _load(name: str, device: str, threads: int | None) -> StepSegmenter:
     """Load a model onto a device."""
     if threads is not None:
         torch.set_num_threads(threads)
+    cards = range(torch.cuda.device_count())
+    known = ["cpu", *(["cuda"] if cards else []), *(f"cuda:{number}" for number in cards)]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise TokenstepError(f"--device {device}: is no device; choose cpu or cuda") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise TokenstepError(f"--device {device}: no CUDA device is visible; choose cpu")
-    return load(name).to(place)
+        device = "cuda" if cards else "cpu"
+    if device not in known:
+        raise TokenstepError(f"--device {device}: choose from auto, {', '.join(known)}")
+    return load(name).to(device)
 
 
 def _settings(model: StepSegmenter, merge: str | None, exits: str | None) -> Settings:
@@ -189,6 +234,7 @@ def _settings(model: StepSegmenter, merge: str | None, exits: str | None) -> Set
     if exits is not None:
         after = model.config.vit.exits
         settings = replace(settings, exits=_thresholds("--exits", exits, after, "exit"))
+    model.config.check(settings)
     return settings
 
 
@@ -199,6 +245,8 @@ def _thresholds(option: str, text: str, of: tuple[int, ...], what: str) -> tuple
         values = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise TokenstepError(f"{option} {text}: give numbers such as 0.6,0.6, or off") from error
+    if not of:
+        raise TokenstepError(f"{option} {text}: the model has no {what}; leave {option} out")
     if len(values) != len(of):
         raise TokenstepError(f"{option} {text}: give {len(of)} values, one per {what} {of}")
     return values
@@ -211,59 +259,10 @@ def _progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=errors,  # so that what is printed meanwhile stands above the bar
         disable=not sys.stderr.isatty(),
     )
 
 
-def _write_json(data: object, path: Path) -> None:
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def _print_segmented(entries: list[dict[str, Any]], out: Path) -> None:
-    """One row per picture on stdout."""
-    if not entries:
-        return
-    table = Table("picture", "size", "tokens", "halted", "GMAC", "ms")
-    for entry in entries:
-        tokens, gmac = entry["tokens"], entry["gmac"]
-        table.add_row(
-            Path(entry["file"]).name,
-            f"{entry['width']}x{entry['height']}",
-            f"{tokens['grid']} -> {tokens['start']}",
-            str(sum(tokens["halted"].values())),
-            f"{gmac['dense']:.1f} -> {gmac['used']:.1f}",
-            _milliseconds(entry),
-        )
-    Console().print(table)
-    print(f"results in {out}")
-
-
-def _milliseconds(entry: dict[str, Any]) -> str:
-    model = ("prepare", "policy", "encode", "decode")
-    used = sum(entry["milliseconds"][stage] for stage in model)
-    if "dense" not in entry:
-        return f"{used:.0f}"
-    dense = sum(entry["dense"]["milliseconds"][stage] for stage in model)
-    return f"{dense:.0f} -> {used:.0f}"
-
-
-def _print_evaluation(report: dict[str, Any]) -> None:
-    """The two halves as columns on stdout."""
-    table = Table(
-        f"{report['data']} {report['split']}, {report['images']} pictures", "dense", "reduced"
-    )
-    dense, reduced = report["dense"], report["reduced"]
-    rows: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-        ("mIoU", lambda half: f"{half['miou']:.4f}"),
-        ("boundary IoU", lambda half: f"{half['boundary_iou']:.4f}"),
-        ("accuracy", lambda half: f"{half['accuracy']:.4f}"),
-        ("tokens at start", lambda half: f"{half['tokens']['start']:.0f}"),
-        ("tokens at end", lambda half: f"{half['tokens']['end']:.0f}"),
-        ("halted share", lambda half: f"{half['halted_share']:.3f}"),
-        ("GMAC", lambda half: f"{half['gmac']['total']:.2f}"),
-        ("seconds", lambda half: f"{half['seconds']:.3f}"),
-    )
-    for label, pick in rows:
-        table.add_row(label, pick(dense), pick(reduced))
-    Console().print(table)
+def _json(data: object) -> str:
+    return json.dumps(data, indent=1, allow_nan=False)

@@ -59,7 +59,8 @@ class VitConfig:
 
     ``name`` is any timm ViT with global attention; ``patch``, ``depth`` and ``image_size`` (h, w;
     the grid of the position table) override its own where given. ``stem`` "conv" puts a small
-    convolutional stem in place of its patch embedding; ``sub_patches`` adds a zero-initialised
+    convolutional stem in place of its patch embedding; ``policy_features`` adds what the policy's
+    CNN saw to every token (it then runs for the dense model too); ``sub_patches`` adds a zero-initialised
     projection of a supertoken's patches; ``size_bias`` lets a supertoken weigh as much as its
     patches in attention. ``exits`` are counts of blocks run; ``cells`` is the side of the
     sub-grid of logits per token.
@@ -70,12 +71,18 @@ class VitConfig:
     depth: int | None = None
     image_size: tuple[int, int] | None = None
     stem: Literal["linear", "conv"] = "linear"
+    policy_features: bool = False
     sub_patches: bool = False
     size_bias: bool = False
     exits: tuple[int, ...] = ()
     decoder: Literal["linear", "mask"] = "linear"
     cells: Literal[1, 2, 4] = 1
     drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        for what, value in (("patch", self.patch), ("depth", self.depth)):
+            if value is not None and value < 1:
+                raise TokenstepError(f"vit.{what} must be 1 or more, got {value}")
 
 
 @dataclass(frozen=True)
@@ -177,9 +184,11 @@ def _dataclass(kind: Any, value: object, where: str) -> object:
         needed = entry.default is MISSING and entry.default_factory is MISSING
         if needed and entry.name not in value:
             raise TokenstepError(f"{where}: the key {entry.name!r} is missing")
-    return kind(
-        **{key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
-    )
+    values = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
+    try:
+        return kind(**values)
+    except TokenstepError as error:
+        raise TokenstepError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

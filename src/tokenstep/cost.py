@@ -4,17 +4,17 @@ Linear layers and attention are counted by formula, the convolutional parts by t
 on the meta device. Norms, softmax and activations are not counted, as in the literature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
-from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenstep.config import PolicyConfig
+from tokenstep.model.attention import biased_width
 from tokenstep.model.decode import LinearDecoder, MaskDecoder
 from tokenstep.model.exits import ExitHeads
 from tokenstep.model.policy import Policy
@@ -38,10 +38,15 @@ class Cost:
         return self.policy + self.embed + self.blocks + self.exits + self.decoder
 
 
-def block_macs(block: nn.Module, rows: int) -> int:
-    """Multiply-adds of a timm block over ``rows`` rows: its linear layers and attention."""
-    attention = cast(Attention, block.attn)
-    return linear_macs(block) * rows + 2 * rows * rows * int(attention.attn_dim)
+def block_macs(block: nn.Module, rows: int, *, size_bias: bool = False) -> int:
+    """Multiply-adds of a timm block over ``rows`` rows: its linear layers and attention.
+
+    The size bias widens every head by the channel that carries it, and its padding.
+    """
+    attention = cast(Any, block.attn)
+    channels = biased_width(attention.head_dim) if size_bias else attention.head_dim
+    width = int(attention.num_heads * channels)
+    return linear_macs(block) * rows + 2 * rows * rows * width
 
 
 def linear_macs(module: nn.Module) -> int:
@@ -49,9 +54,12 @@ def linear_macs(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def blocks_macs(blocks: Sequence[nn.Module], rows: Sequence[int]) -> int:
+def blocks_macs(blocks: Sequence[nn.Module], rows: Sequence[int], *, size_bias: bool) -> int:
     """Multiply-adds of all blocks, of which block k saw ``rows[k]`` rows."""
-    return sum(block_macs(block, count) for block, count in zip(blocks, rows, strict=True))
+    return sum(
+        block_macs(block, count, size_bias=size_bias)
+        for block, count in zip(blocks, rows, strict=True)
+    )
 
 
 def exits_macs(exits: ExitHeads, rows: Sequence[int]) -> int:
@@ -67,7 +75,8 @@ def decoder_macs(decoder: nn.Module, rows: int) -> int:
         project, tokens = linear_macs(decoder.project), linear_macs(decoder.token_project)
         own = linear_macs(decoder.class_project) * decoder.classes
         products = decoder.token_project.weight.shape[0] * decoder.classes * rows
-        blocks = sum(block_macs(block, joined) for block in decoder.blocks)
+        biased = decoder.settings.size_bias
+        blocks = sum(block_macs(block, joined, size_bias=biased) for block in decoder.blocks)
         return (project + tokens) * rows + own + products + blocks
     if isinstance(decoder, LinearDecoder):
         return linear_macs(decoder) * rows
@@ -75,11 +84,13 @@ def decoder_macs(decoder: nn.Module, rows: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def policy_macs(config: PolicyConfig, patch: int, size: tuple[int, int]) -> int:
-    """Multiply-adds of the policy on a picture of ``size`` (h, w)."""
+def policy_macs(
+    config: PolicyConfig, patch: int, size: tuple[int, int], *, scores: bool = True
+) -> int:
+    """Multiply-adds of the policy on a picture of ``size`` (h, w); its CNN alone if not scored."""
     with torch.device("meta"):
         policy = Policy(config, patch).eval()
-        return count_macs(policy, torch.empty(1, 3, *size))
+        return count_macs(policy if scores else policy.look, torch.empty(1, 3, *size))
 
 
 def embed_macs(embed: nn.Module, extent: int) -> int:
@@ -90,7 +101,7 @@ def embed_macs(embed: nn.Module, extent: int) -> int:
     )
 
 
-def count_macs(module: nn.Module, x: Tensor) -> int:
+def count_macs(module: Callable[[Tensor], object], x: Tensor) -> int:
     """Multiply-adds of a forward pass by torch's counter, which counts two per multiply-add."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(x)

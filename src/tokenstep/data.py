@@ -138,8 +138,9 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
         transform: JointTransform | None = None,
         cache: bool = False,
     ) -> None:
-        folder = _split_folder(Path(root), split)
-        self.classes = read_classes(Path(root))
+        self.root = Path(root)
+        folder = _split_folder(self.root, split)
+        self.classes = read_classes(self.root)
         self.paths = _pick(_pictures_of(folder / "images"), names, folder)
         self.labels = [folder / "labels" / f"{path.stem}.png" for path in self.paths]
         missing = [path for path in self.labels if not path.is_file()]

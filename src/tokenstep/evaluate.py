@@ -15,6 +15,7 @@ from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
+from tokenstep.transforms import to_float
 
 Partition = Literal["policy", "uniform", "oracle", "random"]
 PARTITIONS: tuple[Partition, ...] = ("policy", "uniform", "oracle", "random")
@@ -57,7 +58,7 @@ class Half:
         )
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Scores from 0 to 1; tokens, GMAC and seconds as means per picture."""
+        """Scores from 0 to 1, None where nothing defines one; the rest as means per picture."""
         scores = self.tally.scores()
         column = {key: np.array([row[key] for row in self.results]) for key in self.results[0]}
         mean = {key: float(values.mean()) for key, values in column.items()}
@@ -93,44 +94,56 @@ def evaluate(
     reading.
 
     Raises:
-        TokenstepError: the folder's classes are not the model's.
+        TokenstepError: the folder's classes are not the model's, a file cannot be read, or no
+            pixel has a label.
     """
     names = model.config.classes
     if folder.classes.names != names:
         raise TokenstepError(
-            f"the data has the classes {', '.join(folder.classes.names)} but the model was trained "
-            f"for {', '.join(names)}: use a model trained for this data"
+            f"{folder.root}: has the classes {', '.join(folder.classes.names)} but the model was "
+            f"trained for {', '.join(names)}; use a model trained for this data"
         )
     halves = {"dense": Half(len(names))} if dense else {}
     halves["reduced"] = Half(len(names))
+    generator = torch.Generator().manual_seed(comparison.seed)
     for image, label in folder:
         if dense:
             halves["dense"].add(model.segment_batch([image], settings=DENSE)[0], label)
-        level = _partition(model, image, label, comparison)
+        level = _partition(model, image, label, comparison, generator=generator)
         result = model.segment_batch([image], settings=comparison.settings, level=level)[0]
         halves["reduced"].add(result, label)
         on_picture()
     return {
         "images": len(folder),
-        "settings": dataclasses.asdict(comparison),
+        "settings": {
+            **dataclasses.asdict(comparison.settings),
+            "partition": comparison.partition,
+            "tolerance": comparison.tolerance,
+            "seed": comparison.seed,
+        },
         **{name: half.report(names) for name, half in halves.items()},
     }
 
 
 def _partition(
-    model: StepSegmenter, image: Tensor, label: Tensor, comparison: Comparison
+    model: StepSegmenter,
+    image: Tensor,
+    label: Tensor,
+    comparison: Comparison,
+    *,
+    generator: torch.Generator,
 ) -> Tensor | None:
     """The partition to use in the policy's place, or None for the policy's own."""
     sizes = model.config.policy.sizes
-    grid = model.tokenise.grid_of(image)
+    device = next(model.parameters()).device
     match comparison.partition:
         case "policy":
             return None
         case "uniform":
-            return superpatches.uniform([grid])
+            return superpatches.uniform([model.tokenise.grid_of(image)], device)
         case "oracle":
             return superpatches.oracle(
-                label[None],
+                label[None].to(device),
                 patch=model.patch,
                 sizes=sizes,
                 classes=len(model.config.classes),
@@ -138,7 +151,6 @@ def _partition(
             )
         case "random":
             with torch.inference_mode():
-                normal = model.normalise([image.float() / 255])
+                normal = model.normalise([to_float(image).to(device)])
                 learned = model.partition(normal, comparison.settings)
-            generator = torch.Generator().manual_seed(comparison.seed)
             return superpatches.shuffled(learned, sizes, generator)

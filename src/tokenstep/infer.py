@@ -1,33 +1,26 @@
-"""Segment many picture files: read ahead of the model, write behind it, one report at the end."""
+"""Segment many picture files: read ahead of the model, write behind it, one report entry each."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tokenstep.config import DENSE, Settings
 from tokenstep.draw import overlay, palette_image, token_map
 from tokenstep.errors import TokenstepError
-from tokenstep.pictures import read_picture, write_whole
+from tokenstep.pictures import read_picture, to_tensor, write_whole
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
 
-Report = dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A picture that was read, or why not."""
-
-    path: Path
-    image: Image.Image | None
-    error: str | None
-    milliseconds: float
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,121 +39,138 @@ class SegmentJob:
     compare: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    path: Path
+    name: str  # of its results
+    image: Image.Image
+    milliseconds: float  # reading
+
+
+@dataclass(frozen=True, slots=True)
+class _Segmented:
+    picture: _Picture
+    result: Result
+    dense: Result | None  # where the job compares
+
+
 def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) -> Iterator[Report]:
     """Segment files and write ``NAME.labels.png``, ``NAME.overlay.jpg`` and ``NAME.tokens.jpg``.
 
-    Yields one entry per picture in the order of ``paths``; a picture that cannot be read or
-    written has an ``error`` and the others go on.
+    Yields one entry per picture in the order of ``paths``, whose ``name`` is the NAME of its
+    files. A picture that cannot be read, segmented or written has an ``error`` that names it, and
+    the others go on. However many there are, some four batches are in memory at a time.
     """
-    names = output_names(paths)
+    waiting: deque[Report | Future[Report]] = deque()
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
-        waiting: list[tuple[Report, Future[float] | None]] = []
         reads = _ahead(readers, paths, 2 * job.batch)
-        for group in _batched(reads, job.batch):
-            waiting += _segment_group(model, group, job, names=names, writers=writers)
+        while group := list(islice(reads, job.batch)):
+            for done in _segment_group(model, group, job):
+                if isinstance(done, _Segmented):
+                    waiting.append(writers.submit(_write, done, job.out))
+                else:
+                    waiting.append(done)
             # One batch is written while the next one is segmented.
             while len(waiting) > job.batch:
-                yield _finished(*waiting.pop(0))
+                yield _finished(waiting.popleft())
         while waiting:
-            yield _finished(*waiting.pop(0))
+            yield _finished(waiting.popleft())
 
 
-def output_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A distinct output name for each picture: its stem, or more of its path where stems clash."""
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """A distinct name for the results of each picture, in the order of ``paths``.
+
+    It is the picture's stem, if no earlier picture has that name (in any case, since some file
+    systems tell none apart). Else the suffix joins it (``x.jpg``, ``x.png`` give ``x``, ``x_png``)
+    or, of a picture in another folder, the folder (``a/x.jpg``, ``b/x.jpg`` give ``x``, ``b_x``).
+    """
+    names: list[str] = []
+    owners: dict[str, Path] = {}
     for path in paths:
-        name, parts = path.stem, list(path.parent.parts)
-        if name in taken:
-            name = path.name.replace(".", "_")
-        while name in taken and parts:
-            name = f"{parts.pop().strip('/')}_{name}"
-        if name in taken:
-            raise TokenstepError(f"{path}: is given twice; name each picture once")
-        taken.add(name)
-        names[path] = name
+        other = owners.get(path.stem.casefold())
+        beside = other is not None and other.parent == path.parent
+        free = (name for name in _candidates(path, beside) if name.casefold() not in owners)
+        names.append(next(free))
+        owners[names[-1].casefold()] = path
     return names
 
 
-def _ahead(pool: ThreadPoolExecutor, paths: Sequence[Path], count: int) -> Iterator[_Read]:
-    """Read pictures in order, up to ``count`` ahead of the one that is asked for."""
-    rest = iter(paths)
-    futures = [pool.submit(_read, path) for path in islice(rest, count)]
+def _candidates(path: Path, beside: bool) -> Iterator[str]:
+    """Names for a picture, the best first; ``beside``: its stem is taken by one in its folder."""
+    full = path.name.replace(".", "_")
+    yield path.stem
+    if beside:
+        yield full
+    folders = ""
+    for folder in reversed(path.parent.parts):
+        if folder not in (path.anchor, ".."):
+            folders = f"{folder}_{folders}"
+            yield folders + path.stem
+            yield folders + full
+    for number in count(2):
+        yield f"{folders}{full}_{number}"
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, paths: Sequence[Path], size: int
+) -> Iterator[Report | _Picture]:
+    """Read pictures in order, up to ``size`` ahead of the one that is asked for."""
+    rest = zip(paths, output_names(paths), strict=True)
+    futures = deque(pool.submit(_read, *one) for one in islice(rest, size))
     while futures:
-        yield futures.pop(0).result()
-        futures += [pool.submit(_read, path) for path in islice(rest, 1)]
+        yield futures.popleft().result()
+        futures += [pool.submit(_read, *one) for one in islice(rest, 1)]
 
 
-def _batched(reads: Iterator[_Read], size: int) -> Iterator[list[_Read]]:
-    """Groups of ``size``, the last one maybe smaller."""
-    while group := list(islice(reads, size)):
-        yield group
-
-
-def _read(path: Path) -> _Read:
+def _read(path: Path, name: str) -> Report | _Picture:
     start = perf_counter()
     try:
         image = read_picture(path)
     except TokenstepError as error:
-        return _Read(path, None, str(error), 0.0)
-    return _Read(path, image, None, (perf_counter() - start) * 1000)
+        return _failed(path, str(error))
+    return _Picture(path, name, image, (perf_counter() - start) * 1000)
 
 
 def _segment_group(
-    model: StepSegmenter,
-    group: Sequence[_Read],
-    job: SegmentJob,
-    *,
-    names: dict[Path, str],
-    writers: ThreadPoolExecutor,
-) -> list[tuple[Report, Future[float] | None]]:
-    """Segment the readable pictures of a group as one batch and start writing them."""
-    good = [(read, read.image) for read in group if read.image is not None]
-    entries: dict[Path, tuple[Report, Future[float] | None]] = {
-        read.path: ({"file": str(read.path), "error": read.error}, None)
-        for read in group
-        if read.image is None
-    }
-    images = [_fit(image, job.max_side) for _, image in good]
-    results = model.segment_batch(images, settings=job.settings) if images else []
-    dense = model.segment_batch(images, settings=DENSE) if images and job.compare else None
-    for index, ((read, image), result) in enumerate(zip(good, results, strict=True)):
-        report = {"file": str(read.path), **_report(result, image, read.milliseconds)}
-        if dense is not None:
-            agreement = float((dense[index].labels == result.labels).mean())
-            report["dense"] = {
-                "milliseconds": {
-                    stage: round(time, 2) for stage, time in dense[index].milliseconds.items()
-                },
-                "same_pixels": round(agreement, 5),
-            }
-        future = writers.submit(_write, result, image, job.out, names[read.path])
-        entries[read.path] = (report, future)
-    return [entries[read.path] for read in group]
+    model: StepSegmenter, group: Sequence[Report | _Picture], job: SegmentJob
+) -> list[Report | _Segmented]:
+    """Segment what could be read of a group."""
+    done = iter(_segment(model, [one for one in group if isinstance(one, _Picture)], job))
+    return [next(done) if isinstance(one, _Picture) else one for one in group]
 
 
-def _report(result: Result, image: Image.Image, read_milliseconds: float) -> Report:
-    report = result.report()
-    times = report["milliseconds"]
-    assert isinstance(times, dict)
-    report["milliseconds"] = {"read": round(read_milliseconds, 2), **times}
-    if (report["width"], report["height"]) != image.size:
-        report["scaled_to"] = [report["width"], report["height"]]
-        report["width"], report["height"] = image.size
-    return report
-
-
-def _finished(report: Report, future: Future[float] | None) -> Report:
-    """Wait until a picture is written; a failure becomes the entry's error."""
-    if future is None:
-        return report
+def _segment(
+    model: StepSegmenter, pictures: Sequence[_Picture], job: SegmentJob
+) -> list[Report | _Segmented]:
+    """Segment a batch; if that fails, each picture alone, so that the others go on."""
+    if not pictures:
+        return []
+    images = [to_tensor(_fit(picture.image, job.max_side)) for picture in pictures]
     try:
-        written = future.result()
+        results = model.segment_batch(images, settings=job.settings)
+        dense = model.segment_batch(images, settings=DENSE) if job.compare else [None] * len(images)
     except TokenstepError as error:
-        return {"file": report["file"], "error": str(error)}
-    times = report["milliseconds"]
-    assert isinstance(times, dict)
-    return {**report, "milliseconds": {**times, "write": round(written, 2)}}
+        reason = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = "does not fit in memory; scale it down, as --max-side does"
+    else:
+        return [_Segmented(*row) for row in zip(pictures, results, dense, strict=True)]
+    if len(pictures) == 1:
+        return [_failed(pictures[0].path, reason)]
+    return [done for picture in pictures for done in _segment(model, [picture], job)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator for CPUs has no error type of its own.
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or "DefaultCPUAllocator" in str(error)
+
+
+def _failed(path: Path, reason: str) -> Report:
+    """The entry of a picture that failed; its ``error`` is one line that names the file."""
+    return {"file": str(path), "error": reason if str(path) in reason else f"{path}: {reason}"}
 
 
 def _fit(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -172,9 +182,38 @@ def _fit(image: Image.Image, max_side: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _write(result: Result, image: Image.Image, out: Path, name: str) -> float:
-    """Write the three pictures of a result; returns milliseconds."""
+def _finished(entry: Report | Future[Report]) -> Report:
+    return entry if isinstance(entry, dict) else entry.result()
+
+
+def _write(done: _Segmented, out: Path) -> Report:
+    """Write the three pictures of a result; returns the entry of the report."""
     start = perf_counter()
+    path, image = done.picture.path, done.picture.image
+    try:
+        _write_pictures(done.result, image, out, done.picture.name)
+    except TokenstepError as error:
+        return _failed(path, str(error))
+    report = done.result.report()
+    stages = {"read": done.picture.milliseconds, **done.result.milliseconds}
+    report["milliseconds"] = _rounded({**stages, "write": (perf_counter() - start) * 1000})
+    if (report["width"], report["height"]) != image.size:
+        report["scaled_to"] = [report["width"], report["height"]]
+        report["width"], report["height"] = image.size
+    if done.dense is not None:
+        report["dense"] = {
+            "milliseconds": _rounded(done.dense.milliseconds),
+            "same_pixels": round(float((done.dense.labels == done.result.labels).mean()), 5),
+        }
+    return {"file": str(path), "name": done.picture.name, **report}
+
+
+def _rounded(milliseconds: dict[str, float]) -> dict[str, float]:
+    return {stage: round(time, 2) for stage, time in milliseconds.items()}
+
+
+def _write_pictures(result: Result, image: Image.Image, out: Path, name: str) -> None:
+    """Write label map, overlay and token map of a picture, which may have been scaled down."""
     height, width = result.labels.shape
     labels = palette_image(result.labels, result.palette)
     tokens = token_map(
@@ -190,4 +229,3 @@ def _write(result: Result, image: Image.Image, out: Path, name: str) -> float:
     write_whole(out / f"{name}.labels.png", lambda path: labels.save(path, optimize=False))
     write_whole(out / f"{name}.overlay.jpg", lambda path: classes.save(path, quality=90))
     write_whole(out / f"{name}.tokens.jpg", lambda path: tokens.save(path, quality=90))
-    return (perf_counter() - start) * 1000

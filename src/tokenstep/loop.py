@@ -4,6 +4,7 @@ Everything random is drawn from the seed and the step, so that a run that was ki
 again goes on as if nothing had happened.
 """
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,14 @@ def run_phase(
     callbacks: list[Callback] = [checkpoints]
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists
     trainer = pl.Trainer(
         max_steps=module.phase.steps,
         log_every_n_steps=1,
         accelerator=settings.accelerator,
         devices=settings.devices,
+        # A batch without superpatches leaves the projection of sub-patches unused.
+        strategy="ddp_find_unused_parameters_true" if settings.devices > 1 else "auto",
         precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
         callbacks=callbacks,
         logger=TensorBoardLogger(folder.parent, name="log", version=folder.name),
@@ -160,6 +164,7 @@ def run_phase(
     last = folder / "last.ckpt"
     with warnings.catch_warnings():
         # The stream starts at the step of the checkpoint, which Lightning cannot know.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.15
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
         # Our own checkpoint of this very run is the one file that is ever unpickled.
         trainer.fit(module, val_dataloaders=val, ckpt_path=last if last.is_file() else None)

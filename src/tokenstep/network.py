@@ -1,9 +1,13 @@
 """The pipeline in one forward: pictures -> partition -> tokens -> encoder -> logits."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Self, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenstep.config import ModelConfig, Settings
@@ -13,13 +17,48 @@ from tokenstep.model.backbone import build_vit
 from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
 from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported
 from tokenstep.model.exits import EarlyPruning, ExitHeads
-from tokenstep.model.policy import Policy
+from tokenstep.model.policy import Policy, Sight
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser
 from tokenstep.model.unmerge import rows_of_cells, token_values
 from tokenstep.reducers.base import Reducer
 from tokenstep.result import Segmented
 
 Pictures = Tensor | Sequence[Tensor]
+
+
+class Sights:
+    """What the policy sees of a batch; its CNN runs once, when it is first asked for.
+
+    Pictures of one size go through the CNN together; a picture padded to another's size would be
+    seen differently at its border. The policy is never trained through here: no gradient.
+    """
+
+    def __init__(self, policy: Policy, normal: Sequence[Tensor]) -> None:
+        self.policy = policy
+        self.normal = normal
+
+    @cached_property
+    def groups(self) -> list[tuple[list[int], Sight]]:
+        """Places in the batch of all pictures of one size, and what was seen of them."""
+        shapes = [picture.shape for picture in self.normal]
+        groups = []
+        with torch.no_grad():
+            for shape in dict.fromkeys(shapes):
+                members = [index for index, other in enumerate(shapes) if other == shape]
+                sight = self.policy.look(torch.stack([self.normal[index] for index in members]))
+                groups.append((members, sight))
+        return groups
+
+    @torch.no_grad()
+    def context(self, shape: torch.Size) -> Tensor:
+        """Features on the grid ``shape (B, H, W)`` of the batch, ``(B, channels, H, W)``."""
+        batch, height, width = shape
+        first = self.groups[0][1].fused
+        context = first.new_zeros(batch, self.policy.channels, height, width)
+        for members, sight in self.groups:
+            rows, columns = sight.grid
+            context[members, :, :rows, :columns] = self.policy.features(sight)
+        return context
 
 
 class StepNetwork(nn.Module):
@@ -44,7 +83,8 @@ class StepNetwork(nn.Module):
         if config.vit.stem == "conv":
             embed = ConvEmbed(patch, dim)
         self.policy = Policy(config.policy, patch)
-        self.tokenise = Tokeniser(vit, embed, sub_patches=config.vit.sub_patches)
+        context = self.policy.channels if config.vit.policy_features else 0
+        self.tokenise = Tokeniser(vit, embed, sub_patches=config.vit.sub_patches, context=context)
         self.encoder = Encoder(vit, run)
         depth = len(vit.blocks)
         if list(config.vit.exits) != sorted({*config.vit.exits} & {*range(1, depth)}):
@@ -75,40 +115,46 @@ class StepNetwork(nn.Module):
         """
         settings = self.config.settings if settings is None else settings
         normal = self.normalise(pictures)
-        level = self.partition(normal, settings) if level is None else level
-        return self.encode(normal, level, settings=settings, observers=observers)
+        sights = self.look(normal)
+        level = self.partition(normal, settings, sights) if level is None else level
+        return self.encode(normal, level, settings=settings, sights=sights, observers=observers)
 
     def normalise(self, pictures: Pictures) -> list[Tensor]:
         """Subtract the mean and divide by the standard deviation, picture by picture."""
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
         return [(picture.to(mean.dtype) - mean) / std for picture in pictures]
 
-    def partition(self, normal: Sequence[Tensor], settings: Settings) -> Tensor:
+    def look(self, normal: Sequence[Tensor]) -> Sights:
+        """Prepare what the policy sees of normalised pictures; it runs when it is asked for."""
+        return Sights(self.policy, normal)
+
+    def partition(
+        self, normal: Sequence[Tensor], settings: Settings, sights: Sights | None = None
+    ) -> Tensor:
         """The policy's partition ``(B, H, W)`` of normalised pictures; none without merging."""
         grids = [self.tokenise.grid_of(picture) for picture in normal]
         level = superpatches.uniform(grids, normal[0].device)
         if not settings.merge:
             return level
-        # Pictures of one size go through the CNN together; a picture padded to another's size
-        # would be scored differently at its border.
-        shapes = [picture.shape for picture in normal]
-        for shape in dict.fromkeys(shapes):
-            members = [index for index, other in enumerate(shapes) if other == shape]
-            height, width = grids[members[0]]
-            scores = self.scores(torch.stack([normal[index] for index in members]))
+        sights = self.look(normal) if sights is None else sights
+        for members, sight in sights.groups:
+            height, width = sight.grid
             level[members, :height, :width] = superpatches.from_scores(
-                scores, self.config.policy.sizes, settings.merge, level[members, :height, :width]
+                self.scores(sight),
+                self.config.policy.sizes,
+                settings.merge,
+                level[members, :height, :width],
             )
         return level
 
     @torch.no_grad()
-    def scores(self, images: Tensor) -> list[Tensor]:
+    def scores(self, sight: Sight) -> list[Tensor]:
         """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size, no gradient.
 
         Raises:
             TokenstepError: the scores are not finite; they would pass for "merge nothing".
         """
-        scores = [score.float().sigmoid() for score in self.policy(images)]
+        scores = [score.float().sigmoid() for score in self.policy.score(sight)]
         if not torch.stack([score.isfinite().all() for score in scores]).all():
             raise TokenstepError(
                 "the policy produced NaN scores: run it in fp32, or check its weights"
@@ -121,10 +167,15 @@ class StepNetwork(nn.Module):
         level: Tensor,
         *,
         settings: Settings,
+        sights: Sights | None = None,
         observers: Sequence[Reducer] = (),
     ) -> Segmented:
         """Embed, run the blocks and exits, and classify the tokens of normalised pictures."""
-        tokens = self.tokenise(normal, level)
+        context = None
+        if self.config.vit.policy_features:
+            sights = self.look(normal) if sights is None else sights
+            context = sights.context(level.shape)
+        tokens = self.tokenise(normal, level, context)
         reducers = list(observers)
         if settings.exits:
             reducers.append(EarlyPruning(self.exits, settings.exits, settings.spare))
@@ -158,6 +209,27 @@ class StepNetwork(nn.Module):
                 )
             )
         return maps
+
+    def load_weights(self, path: Path) -> None:
+        """Fill every parameter from a safetensors file; other dtypes are converted.
+
+        Raises:
+            TokenstepError: the file is missing, damaged, or does not fit the model.
+        """
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TokenstepError(
+                f"{path}: cannot read the weights ({error}): fetch or save the model again"
+            ) from error
+        try:
+            self.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TokenstepError(
+                f"{path}: the weights do not fit config.json beside them ({reason}): use the two "
+                "files that were saved together"
+            ) from error
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; a frozen policy stays in eval mode, or its statistics drift."""

@@ -1,6 +1,7 @@
 """What segmenting returns: the raw outcome of a forward, and one picture's result for users."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from tokenstep.cost import Cost
 from tokenstep.tokens import PackedTokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Segmented:
     """What a forward returns: logits of every token, and where each token speaks."""
 
@@ -21,7 +22,7 @@ class Segmented:
     sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenUse:
     """Where one picture's tokens went. Prefix tokens (CLS, registers) are not counted."""
 
@@ -34,7 +35,7 @@ class TokenUse:
     depth: int  # blocks of the model
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Result:
     """One segmented picture."""
 
@@ -45,19 +46,16 @@ class Result:
     cost: Cost
     dense_cost: Cost  # of the same model without merging and exits
     patch: int  # pixels a side
-    milliseconds: dict[str, float]  # per stage: policy, encode, decode
+    milliseconds: dict[str, float]  # per stage: prepare, policy, encode, decode
 
     def shares(self) -> dict[str, float]:
         """Share of the pixels that each class holds, 0 to 1."""
         counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
-        total = self.labels.size
-        return {
-            name: float(count) / total
-            for name, count in zip(self.class_names, counts, strict=False)
-        }
+        shares = counts / self.labels.size
+        return dict(zip(self.class_names, shares.tolist(), strict=True))
 
-    def report(self) -> dict[str, object]:
-        """The entry of ``report.json``: tokens, GMAC, milliseconds and class shares."""
+    def report(self) -> dict[str, Any]:
+        """The entry of ``report.json``: size, tokens, GMAC, milliseconds and class shares."""
         height, width = self.labels.shape
         tokens = self.tokens
         return {

@@ -1,7 +1,10 @@
 """Pictures in, results out: the model as users meet it, with save and load."""
 
+import dataclasses
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -9,14 +12,13 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenstep import cost
 from tokenstep.config import ModelConfig, Settings, from_dict
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
+from tokenstep.model.superpatches import token_counts
 from tokenstep.model.unmerge import layer_of_cells
 from tokenstep.network import StepNetwork
 from tokenstep.pictures import Picture, picture_tensor
@@ -24,6 +26,7 @@ from tokenstep.result import Result, Segmented, TokenUse
 from tokenstep.transforms import to_float
 
 WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 
 
 class StepSegmenter(
@@ -74,15 +77,17 @@ class StepSegmenter(
         clock = _Clock(device, len(pictures))
         normal = self.normalise([to_float(picture_tensor(one)).to(device) for one in pictures])
         clock.lap("prepare")
+        sights = self.look(normal)
         by_policy = level is None and bool(settings.merge)
         if level is None:
-            level = self.partition(normal, settings)
+            level = self.partition(normal, settings, sights)
         clock.lap("policy")
-        segmented = self.encode(normal, level, settings=settings)
+        segmented = self.encode(normal, level, settings=settings, sights=sights)
         clock.lap("encode")
         labels = [one.cpu().numpy() for one in self.label_maps(segmented)]
         clock.lap("decode")
-        rows = [self.token_use(segmented, index) for index in range(len(pictures))]
+        layers = layer_of_cells(segmented.tokens, len(self.encoder.blocks))
+        rows = [self.token_use(segmented, layers, index) for index in range(len(pictures))]
         return [
             Result(
                 labels=labels[index],
@@ -97,18 +102,18 @@ class StepSegmenter(
             for index, use in enumerate(rows)
         ]
 
-    def token_use(self, segmented: Segmented, index: int) -> TokenUse:
-        """Where the tokens of picture ``index`` of a batch went."""
+    def token_use(self, segmented: Segmented, layers: Tensor, index: int) -> TokenUse:
+        """Where the tokens of picture ``index`` of a batch went; ``layers (B, H, W)``."""
         height, width = self.tokenise.grid_of(torch.empty(segmented.sizes[index], device="meta"))
         prefix, depth = self.tokenise.prefix_count, len(self.encoder.blocks)
         tokens = segmented.tokens
         halted = dict.fromkeys(self.exits.after, 0)
         if tokens.halted is not None:
             own = tokens.halted.anchor // tokens.owner[0].numel() == index
-            for layer in tokens.halted.layer[own].tolist():
-                halted[layer] += 1
+            counts = torch.bincount(tokens.halted.layer[own], minlength=depth).tolist()
+            halted = {after: counts[after] for after in self.exits.after}
         level = segmented.level[index, :height, :width]
-        layer_map = layer_of_cells(tokens, depth)[index, :height, :width]
+        layer_map = layers[index, :height, :width]
         return TokenUse(
             grid=height * width,
             start=segmented.live[0][index] - prefix,
@@ -123,8 +128,16 @@ class StepSegmenter(
         """Compute of picture ``index`` of a batch, from the rows that each block really saw."""
         live = [rows[index] for rows in segmented.live]
         end = int(segmented.tokens.offsets.diff()[index])
-        used_exits = segmented.tokens.halted is not None
-        return self._cost(segmented.sizes[index], live, end, policy=policy, exits=used_exits)
+        exits = segmented.tokens.halted is not None
+        total = self._cost(segmented.sizes[index], live, end, policy=policy, exits=exits)
+        if self.tokenise.sub_patches is None:
+            return total
+        # The side path embeds every patch inside a superpatch, and projects their mean.
+        merged = segmented.level[index].clamp(min=0)
+        patches, supertokens = int((merged > 0).sum()), int(token_counts(merged[merged > 0][None]))
+        aside = self._embed_macs * patches
+        aside += cost.linear_macs(self.tokenise.sub_patches) * supertokens
+        return replace(total, embed=total.embed + aside / cost.GIGA)
 
     def dense_cost(self, size: tuple[int, int]) -> Cost:
         """Compute of a picture of ``size`` (h, w) without policy, merging and exits."""
@@ -136,14 +149,23 @@ class StepSegmenter(
         self, size: tuple[int, int], live: Sequence[int], end: int, *, policy: bool, exits: bool
     ) -> Cost:
         embedded = live[0] - self.tokenise.prefix_count
-        policy_macs = cost.policy_macs(self.config.policy, self.patch, size) if policy else 0
+        policy_macs = 0
+        if policy or self.config.vit.policy_features:
+            policy_macs = cost.policy_macs(self.config.policy, self.patch, size, scores=policy)
         return Cost(
             policy=policy_macs / cost.GIGA,
-            embed=self._embed_macs * embedded / cost.GIGA,
-            blocks=cost.blocks_macs(list(self.encoder.blocks), live) / cost.GIGA,
+            embed=(self._embed_macs + self._context_macs) * embedded / cost.GIGA,
+            blocks=cost.blocks_macs(
+                list(self.encoder.blocks), live, size_bias=self.config.vit.size_bias
+            )
+            / cost.GIGA,
             exits=(cost.exits_macs(self.exits, live) if exits else 0) / cost.GIGA,
             decoder=cost.decoder_macs(self.decoder, end) / cost.GIGA,
         )
+
+    @property
+    def _context_macs(self) -> int:
+        return cost.linear_macs(self.tokenise.context) if self.tokenise.context is not None else 0
 
     @cached_property
     def _embed_macs(self) -> int:
@@ -159,9 +181,11 @@ class StepSegmenter(
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        config: dict[str, Any],
+        config: dict[str, Any] | None = None,
     ) -> "StepSegmenter":
         """Load safetensors, and nothing else: the mixin's own method may unpickle."""
+        if config is None:
+            raise TokenstepError(f"{model_id}: holds no model ({CONFIG} is missing)")
         if Path(model_id).is_dir():
             path = Path(model_id) / WEIGHTS
         else:
@@ -176,30 +200,15 @@ class StepSegmenter(
                     local_files_only=local_files_only,
                 )
             )
-        model = cls(from_dict(ModelConfig, config, f"{model_id}/config.json"))
+        model = cls(from_dict(ModelConfig, config, f"{model_id}/{CONFIG}"))
         model.load_weights(path)
         return model.eval()
 
-    def load_weights(self, path: Path) -> None:
-        """Fill every parameter from a safetensors file; other dtypes are converted.
-
-        Raises:
-            TokenstepError: the file is missing, damaged, or does not fit the model.
-        """
-        try:
-            state = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise TokenstepError(
-                f"{path}: cannot read the weights ({error}): fetch or save the model again"
-            ) from error
-        try:
-            self.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise TokenstepError(
-                f"{path}: the weights do not fit config.json beside them ({reason}): use the two "
-                "files that were saved together"
-            ) from error
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the weights, and the settings as they are now; the mixin's copy is from birth."""
+        super()._save_pretrained(save_directory)
+        text = json.dumps(dataclasses.asdict(self.config), indent=1)
+        (save_directory / CONFIG).write_text(text + "\n")
 
 
 class _Clock:
@@ -238,8 +247,8 @@ def load(name: str | os.PathLike[str]) -> StepSegmenter:
     if not path.is_dir() and str(name) in shipped_models():
         path = SHIPPED / str(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise TokenstepError(f"{path}: holds no model (config.json is missing)")
+        if not (path / CONFIG).is_file():
+            raise TokenstepError(f"{path}: holds no model ({CONFIG} is missing)")
     elif str(name).count("/") != 1 or str(name).startswith((".", "/")):
         known = ", ".join(shipped_models())
         raise TokenstepError(
@@ -249,6 +258,6 @@ def load(name: str | os.PathLike[str]) -> StepSegmenter:
     source = str(path) if path.is_dir() else str(name)
     try:
         return StepSegmenter.from_pretrained(source)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TokenstepError(f"model {source}: cannot be loaded ({reason})") from error

@@ -81,12 +81,13 @@ class SegmenterModule(PhaseModule):
         # Drawn from the step alone, so that a resumed run draws the same.
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)
         normal = self.model.normalise(images)
-        level = self.model.partition(normal, settings)
+        sights = self.model.look(normal)
+        level = self.model.partition(normal, settings, sights)
         dense = torch.rand(len(images), device=level.device) < self.phase.dense_share
         level = torch.where(dense.view(-1, 1, 1), level.clamp(max=0), level)
         watch = DeepSupervision(self.model.exits)
         used = settings if self.phase.pruning else Settings()
-        out = self.model.encode(normal, level, settings=used, observers=[watch])
+        out = self.model.encode(normal, level, settings=used, sights=sights, observers=[watch])
         weight = cast(Tensor, self.weight)
         live = out.logits[: len(out.tokens.x)]
         loss = segmentation_loss(out.tokens, live, level, labels, weight)

@@ -67,7 +67,7 @@ def with_size_bias(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor, scale: floa
     channels back to those of ``v`` and passes the unpadded ``scale`` on.
     """
     rows, heads, width = q.shape
-    wide = -(-(width + 1) // 8) * 8
+    wide = biased_width(width)
     q_wide, k_wide, v_wide = (F.pad(t, (0, wide - width)) for t in (q, k, v))
     channel = torch.zeros(wide, dtype=torch.bool, device=q.device)
     channel[width] = True
@@ -75,6 +75,11 @@ def with_size_bias(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor, scale: floa
     q_wide = torch.where(channel, q.new_ones(()), q_wide)
     k_wide = torch.where(channel, bias.expand(rows, heads, wide), k_wide)
     return [q_wide, k_wide, v_wide]
+
+
+def biased_width(width: int) -> int:
+    """Channels a head of ``width`` has with the size bias: one more, up to a multiple of 8."""
+    return -(-(width + 1) // 8) * 8
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:

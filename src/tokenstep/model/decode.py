@@ -90,7 +90,7 @@ class MaskDecoder(nn.Module):
         )
 
 
-BAND_FLOATS = 16 * 2**20  # 64 MiB of fp32 logits at picture resolution at a time
+BAND_FLOATS = 48 * 2**20  # 192 MiB of fp32 logits at picture resolution at a time
 
 
 def label_map(
@@ -113,8 +113,10 @@ def label_map(
         # One cell more on either side, so that a band's edge is interpolated as its middle is.
         above, below = max(first - 1, 0), min(last + 1, height)
         fine = flat[index[above * side : below * side]].permute(2, 0, 1)[None].float()
+        # Class by class in memory, and max instead of argmax: on a CPU several times as fast.
+        fine = fine.contiguous()
         target = ((below - above) * patch, width * patch)
         full = F.interpolate(fine, target, mode="bilinear", align_corners=False)[0]
         inner = full[:, (first - above) * patch : (last - above) * patch]
-        labels[first * patch : last * patch] = inner.argmax(0)
+        labels[first * patch : last * patch] = inner.max(dim=0).indices
     return labels[: size[0], : size[1]]

@@ -10,12 +10,15 @@ from timm.layers import (  # type: ignore[attr-defined]  # timm re-exports witho
     DropPath,
     GluMlp,
     LayerNorm,
-    LayerScale,
     Mlp,
     PatchEmbed,
     SwiGLU,
 )
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import (  # type: ignore[attr-defined]  # likewise
+    Block,
+    LayerScale,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -69,7 +69,8 @@ class EarlyPruning:
         index = self.exits.after.index(blocks_run)
         logits = self.exits(tokens.x, index)
         confidence, predicted = confidence_of(logits)
-        passed = (confidence > self.thresholds[index]) & ~tokens.is_prefix
+        # "not below" rather than "above": NaN halts, so that it is found in the final logits.
+        passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
         return Halt(passed & ~self.spared(tokens, confidence, predicted, passed), logits)
 
     def spared(

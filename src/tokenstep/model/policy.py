@@ -4,6 +4,7 @@ STEP (arXiv 2509.14165) merges 2x2 to 16x16 patches where a light CNN is sure th
 class; the trunk, pyramid and heads here are ours (CTS, CVPR 2023, used EfficientNet-Lite0).
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import timm
@@ -12,9 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig
-from tokenstep.model.superpatches import level_of
+from tokenstep.model.superpatches import Grid, level_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the policy's CNN saw of pictures of one size."""
+
+    maps: list[Tensor]  # features of the trunk, fine to coarse
+    fused: Tensor  # (B, width, ...) on the grid of the finest superpatches
+    grid: Grid  # (H, W) patches of the pictures
+    whole: Grid  # the same, rounded up to superpatches of the coarsest size
 
 
 class Policy(nn.Module):
@@ -47,12 +58,21 @@ class Policy(nn.Module):
 
         ``H`` and ``W`` are the patch grid, rounded up; what hangs over is padded with the border.
         """
+        return self.score(self.look(images))
+
+    def look(self, images: Tensor) -> Sight:
+        """Run the CNN on ``images (B, 3, h, w)``, normalised."""
         height, width = images.shape[2:]
         grid = (-(-height // self.patch), -(-width // self.patch))
         coarsest = max(self.config.sizes)
         # Whole superpatches of the coarsest size, so that every map is an exact pooling of one.
-        whole = tuple(-(-side // coarsest) * coarsest for side in grid)
-        fused = self.pyramid(self.read(images, whole), whole)
+        rows, columns = (-(-side // coarsest) * coarsest for side in grid)
+        maps = list(self.trunk(self.read(images, (rows, columns))))
+        return Sight(maps, self.fuse(maps, (rows, columns)), grid, (rows, columns))
+
+    def score(self, sight: Sight) -> list[Tensor]:
+        """Logit maps of :meth:`forward` from what was seen."""
+        grid, fused = sight.grid, sight.fused
         scores = []
         finest = min(self.config.sizes)
         for size, head in zip(self.config.sizes, self.heads, strict=True):
@@ -62,7 +82,22 @@ class Policy(nn.Module):
             scores.append(score[:, : grid[0] // size, : grid[1] // size])
         return scores
 
-    def read(self, images: Tensor, whole: tuple[int, ...]) -> Tensor:
+    @property
+    def channels(self) -> int:
+        """Channels of :meth:`features`."""
+        trunk: list[int] = cast(Any, self.trunk).feature_info.channels()
+        return self.config.width + sum(trunk)
+
+    def features(self, sight: Sight) -> Tensor:
+        """What was seen, on the patch grid: ``(B, channels, H, W)``."""
+        height, width = sight.grid
+        maps = [
+            F.interpolate(found, sight.whole, mode="bilinear", align_corners=False)
+            for found in (sight.fused, *sight.maps)
+        ]
+        return torch.cat(maps, dim=1)[:, :, :height, :width]
+
+    def read(self, images: Tensor, whole: Grid) -> Tensor:
         """Pad to ``whole`` patches and scale to the resolution that the policy reads at."""
         height, width = images.shape[2:]
         full = (whole[0] * self.patch, whole[1] * self.patch)
@@ -79,14 +114,12 @@ class Policy(nn.Module):
         scaled = F.interpolate(padded.float(), target, mode="bilinear", antialias=True)
         return scaled.to(images.dtype)
 
-    def pyramid(self, picture: Tensor, whole: tuple[int, ...]) -> Tensor:
+    def fuse(self, maps: list[Tensor], whole: Grid) -> Tensor:
         """Fuse the trunk's maps top-down onto the grid of the finest superpatch size."""
         finest = min(self.config.sizes)
         target = (whole[0] // finest, whole[1] // finest)
         fused: Tensor | None = None
-        for lateral, features in reversed(
-            list(zip(self.lateral, self.trunk(picture), strict=True))
-        ):
+        for lateral, features in reversed(list(zip(self.lateral, maps, strict=True))):
             level = lateral(features)
             if fused is not None:
                 level = level + _resize(fused, (level.shape[2], level.shape[3]))

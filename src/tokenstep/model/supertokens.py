@@ -70,7 +70,9 @@ class ConvEmbed(nn.Module):
 class Tokeniser(nn.Module):
     """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them."""
 
-    def __init__(self, vit: VisionTransformer, embed: nn.Module, *, sub_patches: bool) -> None:
+    def __init__(
+        self, vit: VisionTransformer, embed: nn.Module, *, sub_patches: bool, context: int = 0
+    ) -> None:
         super().__init__()
         self.embed = embed
         self.margin = cast(int, embed.margin)
@@ -88,6 +90,15 @@ class Tokeniser(nn.Module):
         if self.sub_patches is not None:
             nn.init.zeros_(self.sub_patches.weight)
             nn.init.zeros_(self.sub_patches.bias)
+
+        self.context = None
+        if context:
+            self.context = nn.Sequential(
+                nn.LayerNorm(context),
+                nn.Linear(context, vit.embed_dim),
+                nn.GELU(),
+                nn.Linear(vit.embed_dim, vit.embed_dim),
+            )
 
     def canvas(self, pictures: Sequence[Tensor], grid: Grid, coarsest: int) -> Tensor:
         """Lay pictures ``(3, h, w)`` on one ``(B, 3, ...)`` canvas, borders replicated outwards.
@@ -108,12 +119,19 @@ class Tokeniser(nn.Module):
             ]
         )
 
-    def forward(self, pictures: Sequence[Tensor], level: Tensor) -> PackedTokens:
+    def forward(
+        self, pictures: Sequence[Tensor], level: Tensor, context: Tensor | None = None
+    ) -> PackedTokens:
         """Tokens of ``pictures`` (each ``(3, h, w)``, normalised) under ``level (B, H, W)``.
 
+        ``context (B, channels, H, W)`` is what the policy saw, for a model that uses it.
+
         Raises:
-            ValueError: ``level`` does not cover just the pictures' cells.
+            ValueError: ``level`` does not cover just the pictures' cells, or ``context`` is
+                missing or not wanted.
         """
+        if (context is None) != (self.context is None):
+            raise ValueError("context must be given just where the model uses policy features")
         grids = [self.grid_of(picture) for picture in pictures]
         if not torch.equal(level >= 0, uniform(grids, level.device) >= 0):
             raise ValueError(
@@ -133,6 +151,9 @@ class Tokeniser(nn.Module):
             if self.sub_patches is not None and rank > 0:
                 where = (picture, row, column)
                 x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, where))
+            if self.context is not None and context is not None:
+                seen = F.avg_pool2d(context, side)[picture, :, row, column]
+                x = x + self.context(seen.to(x.dtype))
             if maps is not None:
                 x = x + pooled_positions(maps, grids, side).at(picture, row, column)
             features.append(x)

@@ -1,0 +1,53 @@
+"""What the command line prints: reports as tables for people to read."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+_MODEL = ("prepare", "policy", "encode", "decode")  # the stages that are the model's own
+
+
+def segmented(entries: Sequence[dict[str, Any]]) -> Table:
+    """One row per picture, from the entries of ``report.json`` that have no error."""
+    table = Table("picture", "size", "tokens", "halted", "GMAC", "ms")
+    for entry in entries:
+        tokens, gmac = entry["tokens"], entry["gmac"]
+        table.add_row(
+            Path(entry["file"]).name,
+            f"{entry['width']}x{entry['height']}",
+            f"{tokens['grid']} -> {tokens['start']}",
+            str(sum(tokens["halted"].values())),
+            f"{gmac['dense']:.1f} -> {gmac['used']:.1f}",
+            _milliseconds(entry),
+        )
+    return table
+
+
+def _milliseconds(entry: dict[str, Any]) -> str:
+    used = sum(entry["milliseconds"][stage] for stage in _MODEL)
+    if "dense" not in entry:
+        return f"{used:.0f}"
+    dense = sum(entry["dense"]["milliseconds"][stage] for stage in _MODEL)
+    return f"{dense:.0f} -> {used:.0f}"
+
+
+def evaluated(report: dict[str, Any]) -> Table:
+    """The two halves of an evaluation as columns; a score that nothing defines is a dash."""
+    heading = f"{report['data']} {report['split']}, {report['images']} pictures"
+    table = Table(heading, "dense", "reduced")
+    rows: tuple[tuple[str, int, Callable[[dict[str, Any]], float | None]], ...] = (
+        ("mIoU", 4, lambda half: half["miou"]),
+        ("boundary IoU", 4, lambda half: half["boundary_iou"]),
+        ("accuracy", 4, lambda half: half["accuracy"]),
+        ("tokens at start", 0, lambda half: half["tokens"]["start"]),
+        ("tokens at end", 0, lambda half: half["tokens"]["end"]),
+        ("halted share", 3, lambda half: half["halted_share"]),
+        ("GMAC", 2, lambda half: half["gmac"]["total"]),
+        ("seconds", 3, lambda half: half["seconds"]),
+    )
+    for label, digits, pick in rows:
+        values = (pick(report[half]) for half in ("dense", "reduced"))
+        table.add_row(label, *("-" if v is None else f"{v:.{digits}f}" for v in values))
+    return table

@@ -1,0 +1,413 @@
+"""The command line as a user calls it: what it writes, its exit codes, and one line per fault."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, PALETTE
+from PIL import Image
+from samples import labelled_folder, pattern, png_header
+
+from tokenstep import __version__, cli
+from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
+from tokenstep.pictures import read_picture
+from tokenstep.segmenter import StepSegmenter, shipped_models
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that knows nothing, saved as any other is."""
+    torch.manual_seed(0)
+    vit = VitConfig("test_vit", patch=8, depth=2, image_size=(32, 48), exits=(1,), cells=2)
+    policy = PolicyConfig("test_efficientnet", stages=(1, 2), sizes=(2, 4), width=8)
+    # Superpatches wherever they fit, so that the largest picture costs little.
+    config = ModelConfig(CLASSES, PALETTE, vit, policy, Settings((0.0, 0.0), (0.36,)))
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    StepSegmenter(config).eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run `tokenstep` with some arguments in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tokenstep", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught, warnings.catch_warnings():
+            cli.main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call: Call) -> Callable[..., str]:
+    """Run a call that is wrong; its one line on stderr."""
+
+    def run(*arguments: object) -> str:
+        code, _, err = call(*arguments)
+        assert code == 2
+        (line,) = err.splitlines()
+        assert line.startswith("tokenstep: ")
+        return line
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.fromarray(pattern(40, 50)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def report_in(out: Path) -> list[dict[str, Any]]:
+    def never(word: str) -> None:
+        raise AssertionError(f"{word} in report.json")
+
+    images = json.loads((out / "report.json").read_text(), parse_constant=never)["images"]
+    assert isinstance(images, list)
+    return images
+
+
+# --- the command as a process -----------------------------------------------------------------
+
+
+def draw_good(folder: Path) -> dict[str, tuple[int, int]]:
+    """Pictures of every kind that must be segmented, and the sizes (w, h) of their label maps."""
+    image = Image.fromarray(pattern(40, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("RGBA").save(folder / "clear.png")
+    image.convert("CMYK").save(folder / "print.jpg")
+    image.save(folder / "turned.jpg", exif=exif)
+    image.save(folder / "moving.gif", save_all=True, append_images=[image.rotate(90)])
+    image.save(folder / "camera.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")  # cut off
+    image.save(folder / "[b]:cat:.webp")
+    Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 32).save(folder / "deep.png")
+    sizes = {path.name: (50, 40) for path in folder.iterdir()}
+    sizes["turned.jpg"] = (40, 50)
+    for name, w, h in (("dot", 1, 1), ("row", 300, 1), ("column", 1, 300), ("wide", 20000, 50)):
+        Image.fromarray(pattern(h, w)).save(folder / f"{name}.png")
+        sizes[f"{name}.png"] = (w, h)
+    return sizes
+
+
+def draw_bad(folder: Path) -> set[str]:
+    """Pictures that must be refused."""
+    (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    (folder / "empty.jpg").touch()
+    (folder / "diary.jpg").write_text("Today I saw a street.\n")
+    Image.fromarray(pattern(40, 50)).save(folder / "half.bmp")
+    (folder / "half.bmp").write_bytes((folder / "half.bmp").read_bytes()[:3000])
+    Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "heights.tif")
+    return {"bomb.png", "empty.jpg", "diary.jpg", "half.bmp", "heights.tif"}
+
+
+def test_every_kind_of_picture_in_one_run(tmp_path: Path, saved: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    sizes, bad = draw_good(folder), draw_bad(folder)
+    missing, bare = tmp_path / "missing.jpg", tmp_path / "bare"
+    bare.mkdir()
+    command = ["segment", folder, missing, bare, "--model", saved, "--out", out]
+    program = "from tokenstep.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, command), "--batch", "3", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 1, done.stderr
+    entries = {Path(entry["file"]).name: entry for entry in report_in(out)}
+    assert entries.keys() == {*sizes, *bad, missing.name, bare.name}
+    for name, size in sizes.items():
+        entry = entries[name]
+        assert (entry["width"], entry["height"]) == size
+        with Image.open(out / f"{entry['name']}.labels.png") as labels:
+            assert labels.size == size and labels.mode == "P"
+            assert np.asarray(labels).max() < len(CLASSES)
+        for kind in ("overlay.jpg", "tokens.jpg"):
+            assert read_picture(out / f"{entry['name']}.{kind}").width >= min(size[0], 50)
+    lines = done.stderr.splitlines()
+    failed = {name: entry["error"] for name, entry in entries.items() if "error" in entry}
+    assert failed.keys() == {*bad, missing.name, bare.name}
+    assert sorted(lines) == sorted(f"tokenstep: {error}" for error in failed.values())
+    assert all(name in error for name, error in failed.items())
+    assert "[b]:cat:.webp" in done.stdout and str(out) in done.stdout
+    assert len(list(out.iterdir())) == 3 * len(sizes) + 1
+
+
+# --- segment ----------------------------------------------------------------------------------
+
+
+def test_all_done_is_zero_and_silent(call: Call, tmp_path: Path, saved: Path, photo: Path) -> None:
+    out = tmp_path / "new" / "out"
+    code, stdout, err = call("segment", photo, "--model", saved, "--out", out)
+    assert (code, err) == (0, "") and "photo.png" in stdout
+    (entry,) = report_in(out)
+    assert set(entry) >= {"file", "width", "height", "tokens", "gmac", "milliseconds", "classes"}
+    assert set(entry["milliseconds"]) >= {"read", "policy", "encode", "decode", "write"}
+    assert set(entry["gmac"]) >= {"dense", "used"} and set(entry["classes"]) == set(CLASSES)
+    again = call("segment", photo, "--model", saved, "--out", out)
+    assert again[0] == 0, "results may be written over"
+
+
+def test_one_damaged_picture_is_one(call: Call, tmp_path: Path, saved: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("no picture")
+    code, _, err = call("segment", tmp_path / "bad.jpg", "--model", saved, "--out", tmp_path / "o")
+    assert code == 1 and len(err.splitlines()) == 1 and "bad.jpg" in err
+    (entry,) = report_in(tmp_path / "o")
+    assert f"tokenstep: {entry['error']}\n" == err
+
+
+def test_a_missing_file_among_good_ones(
+    call: Call, tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    gone, out = tmp_path / "gone.jpg", tmp_path / "out"
+    code, _, err = call("segment", gone, photo, "--model", saved, "--out", out)
+    assert code == 1 and len(err.splitlines()) == 1
+    entries = {entry["file"]: entry for entry in report_in(out)}
+    assert str(gone) in entries[str(gone)]["error"] and "error" not in entries[str(photo)]
+    assert (out / "photo.labels.png").is_file()
+
+
+def test_no_picture_at_all_is_a_wrong_call(
+    call: Call, refused: Callable[..., str], tmp_path: Path, saved: Path
+) -> None:
+    out = tmp_path / "out"
+    for given in (tmp_path / "gone.jpg", tmp_path, f"{tmp_path}/*.png"):
+        assert str(given) in refused("segment", given, "--model", saved, "--out", out)
+    code, _, err = call("segment", tmp_path / "gone.jpg", tmp_path, "--model", saved, "--out", out)
+    assert code == 2 and len(err.splitlines()) == 2
+    assert not out.exists()
+
+
+def test_line_breaks_in_a_name_make_no_second_line(refused: Callable[..., str]) -> None:
+    refused("segment", "a\nb\r\nc.jpg")
+
+
+def test_an_unwritable_folder_is_told_before_any_work(
+    refused: Callable[..., str], saved: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "segment_files", None)
+    for out in (photo, photo / "below"):
+        assert str(out) in refused("segment", photo, "--model", saved, "--out", out)
+
+
+def test_a_run_that_dies_leaves_no_report(
+    call: Call, tmp_path: Path, saved: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepSegmenter, "segment_batch", stop)
+    code, _, err = call("segment", photo, "--model", saved, "--out", tmp_path / "out")
+    assert code not in (0, 2) and "Traceback" not in err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_thresholds_change_what_is_spent(
+    call: Call, tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    def tokens(*options: str) -> tuple[int, int, int]:
+        code, _, err = call("segment", photo, "--model", saved, "--out", tmp_path / "o", *options)
+        assert (code, err) == (0, "")
+        found = report_in(tmp_path / "o")[0]["tokens"]
+        return found["grid"], found["start"], sum(found["halted"].values())
+
+    assert tokens("--dense") == tokens("--merge", "off", "--exits", "off") == (35, 35, 0)
+    assert tokens("--merge", "1,1", "--exits", "1")[1:] == (35, 0)
+    _, start, halted = tokens("--merge", "0,0", "--exits", "0")
+    assert start < 35 and halted > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--merge", "0.5"], "--merge 0.5 2"),
+        (["--merge", "0.5,0.5,0.5"], "--merge 2"),
+        (["--merge", "high,low"], "--merge numbers off"),
+        (["--merge", "0.5,1.5"], "1.5 0 1"),
+        (["--merge", "nan,0.5"], "nan"),
+        (["--exits", "0.5,0.5"], "--exits 1 exit"),
+        (["--exits", ""], "--exits"),
+        (["--dense", "--exits", "0.9"], "--dense --exits"),
+        (["--device", "abacus"], "--device abacus cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 cpu"),
+        (["--device", "meta"], "--device meta cpu"),
+    ],
+)
+def test_wrong_options(
+    refused: Callable[..., str], saved: Path, photo: Path, options: list[str], words: str
+) -> None:
+    line = refused("segment", photo, "--model", saved, "--out", photo.parent / "out", *options)
+    assert all(word in line for word in words.split())
+    assert not (photo.parent / "out").exists()
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_lists_the_known_ones(refused: Callable[..., str], photo: Path) -> None:
+    for name in ("abacus", "no/such/folder", photo):
+        line = refused("segment", photo, "--model", name)
+        assert str(name) in line and all(known in line for known in shipped_models())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x10" * 100),
+        ("config.json", None),
+        ("config.json", b""),
+        ("config.json", b"{classes: road"),
+        ("config.json", b"\xff\xfe\x00"),
+        ("config.json", b"{}"),
+        ("config.json", b"[1, 2]"),
+        ("config.json", b"null"),
+    ],
+)
+def test_damaged_models(
+    refused: Callable[..., str], tmp_path: Path, saved: Path, name: str, content: bytes | None
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(saved, broken)
+    (broken / name).unlink()
+    if content is not None:
+        (broken / name).write_bytes(content)
+    Image.fromarray(pattern(8, 8)).save(tmp_path / "a.png")
+    assert str(broken) in refused("segment", tmp_path / "a.png", "--model", broken)
+
+
+def test_weights_that_are_cut_short(
+    refused: Callable[..., str], tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    for length in (4, 100, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        assert str(weights) in refused("segment", photo, "--model", tmp_path / "model")
+
+
+def test_weights_of_other_classes(
+    refused: Callable[..., str], tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "model")
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"classes": ["sea", "land"], "palette": [[0, 0, 1], [0, 1, 0]]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refused("segment", photo, "--model", tmp_path / "model")
+
+
+# --- evaluate ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return labelled_folder(tmp_path / "tiny_set", CLASSES, [(40, 56), (17, 90)])
+
+
+def test_evaluate_writes_both_halves(call: Call, saved: Path, data: Path) -> None:
+    target = data.parent / "new" / "eval.json"
+    code, stdout, err = call("evaluate", "--model", saved, "--data", data, "--json", target)
+    assert (code, err) == (0, "") and "mIoU" in stdout and "tiny_set test, 2 pictures" in stdout
+    report = json.loads(target.read_text())
+    assert list(report)[:5] == ["model", "data", "split", "images", "settings"]
+    assert (report["model"], report["data"], report["split"]) == (str(saved), "tiny_set", "test")
+    assert report["images"] == 2 and report["settings"]["merge"] == [0.0, 0.0]
+    assert report["reduced"]["tokens"]["start"] < report["dense"]["tokens"]["start"]
+    assert report["reduced"]["halted_share"] > report["dense"]["halted_share"] == 0
+    assert set(report["dense"]["iou"]) == set(CLASSES)
+
+
+def test_evaluate_prints_json_alone(
+    call: Call, saved: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    options = ["--names", "p1", "--partition", "oracle", "--merge", "off", "--json", "-"]
+    code, stdout, _ = call("evaluate", "--model", saved, "--data", ".", *options)
+    report = json.loads(stdout)
+    assert code == 0 and report["images"] == 1 and report["data"] == "tiny_set"
+    assert report["settings"]["partition"] == "oracle" and report["settings"]["merge"] == []
+
+
+def test_wrong_data(refused: Callable[..., str], saved: Path, data: Path) -> None:
+    def line(*options: object) -> str:
+        return refused("evaluate", "--model", saved, *options)
+
+    assert str(data / "no") in line("--data", data / "no")
+    assert "test" in line("--data", data, "--split", "val")
+    assert "zebra" in line("--data", data, "--names", "zebra")
+    assert "oracle" in line("--data", data, "--partition", "zebra")
+    assert str(data) in line("--data", data, "--json", data)
+    assert "classes.json" in line("--data", data, "--json", data / "classes.json" / "a.json")
+    label = data / "test" / "labels" / "p1.png"
+    Image.new("L", (90, 17), 9).save(label)
+    assert str(label) in line("--data", data) and "9" in line("--data", data)
+    Image.new("L", (9, 17), 0).save(label)
+    assert str(label) in line("--data", data) and "9 x 17" in line("--data", data)
+    label.unlink()
+    assert str(label) in line("--data", data)
+    (data / "classes.json").write_text('{"names": ["sea", "land"]}')
+    Image.new("L", (90, 17), 0).save(label)
+    assert "sea, land" in line("--data", data) and str(data) in line("--data", data)
+    (data / "classes.json").write_text("no json")
+    assert "classes.json" in line("--data", data)
+
+
+def test_data_without_any_label_has_no_score(
+    refused: Callable[..., str], saved: Path, data: Path
+) -> None:
+    for number, size in enumerate([(56, 40), (90, 17)]):
+        Image.new("L", size, 255).save(data / "test" / "labels" / f"p{number}.png")
+    assert "label" in refused("evaluate", "--model", saved, "--data", data)
+
+
+# --- the rest ---------------------------------------------------------------------------------
+
+
+def test_version_and_help(call: Call) -> None:
+    assert call("--version") == (0, f"{__version__}\n", "")
+    code, stdout, _ = call("--help")
+    assert code == 0 and all(verb in stdout for verb in ("segment", "evaluate", "train"))
+
+
+def test_training_faults_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    assert "a.toml" in refused("train", "policy", tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text("out = 'x'\npatch = 8\n")
+    assert "zebra" in refused("train", "policy", tmp_path / "a.toml", "zebra=1")
+    assert "zebra" in refused("train", "segmenter", tmp_path / "a.toml", "zebra")
+
+
+def test_training_without_its_extra_says_what_to_install(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else name)
+    for verb in ("policy", "segmenter"):
+        line = refused("train", verb, tmp_path / "a.toml")
+        assert "lightning" in line and "tokenstep[train]" in line
+
+
+def test_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert cli._progress().disable is not terminal

@@ -1,0 +1,201 @@
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from tokenstep.config import (
+    ModelConfig,
+    PolicyConfig,
+    PolicyRecipe,
+    Settings,
+    VitConfig,
+    from_dict,
+    read_recipe,
+)
+from tokenstep.errors import TokenstepError
+
+MODEL = ModelConfig(("a", "b"), ((0, 0, 0), (1, 2, 3)), VitConfig(exits=(2, 4), cells=2))
+
+
+@dataclass(frozen=True)
+class Inner:
+    count: int = 1
+    names: tuple[str, ...] = ("a",)
+
+
+@dataclass(frozen=True)
+class Outer:
+    root: str
+    rate: float = 0.5
+    on: bool = False
+    pair: tuple[int, float] = (1, 2.0)
+    choice: Literal["x", 1, 2] = "x"
+    maybe: int | None = None
+    inner: Inner = field(default_factory=Inner)
+    many: tuple[Inner, ...] = ()
+
+
+def test_lists_and_tables_become_tuples_and_dataclasses() -> None:
+    data = {
+        "root": "here",
+        "rate": 1,
+        "on": True,
+        "pair": [3, 4],
+        "choice": 2,
+        "maybe": 7,
+        "inner": {"count": 2, "names": ["b", "c"]},
+        "many": [{"count": 5}, {}],
+    }
+    built = from_dict(Outer, data, "file")
+    assert built == Outer(
+        "here", 1.0, True, (3, 4.0), 2, 7, Inner(2, ("b", "c")), (Inner(5), Inner())
+    )
+    assert isinstance(built.rate, float)
+    assert isinstance(built.pair[1], float)
+
+
+def test_what_is_left_out_keeps_its_default() -> None:
+    assert from_dict(Outer, {"root": "here", "maybe": None}, "file") == Outer("here")
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({}, "root"),
+        ({"root": 1}, "root"),
+        ({"root": "r", "rat": 1.0}, "rat"),
+        ({"root": "r", "rate": "1e-4"}, "rate"),
+        ({"root": "r", "rate": True}, "rate"),
+        ({"root": "r", "on": 1}, "on"),
+        ({"root": "r", "maybe": 1.5}, "maybe"),
+        ({"root": "r", "choice": 3}, "choice"),
+        ({"root": "r", "choice": True}, "choice"),
+        ({"root": "r", "choice": 1.0}, "choice"),
+        ({"root": "r", "pair": [1]}, "pair"),
+        ({"root": "r", "pair": 3}, "pair"),
+        ({"root": "r", "inner": []}, "inner"),
+        ({"root": "r", "inner": {"names": ["a", 2]}}, r"inner: names\[1\]"),
+        ({"root": "r", "many": [{}, {"cuont": 1}]}, "cuont"),
+        ("text", "table"),
+        (None, "table"),
+    ],
+)
+def test_faults_are_named_in_one_line(data: object, named: str) -> None:
+    with pytest.raises(TokenstepError, match=named) as caught:
+        from_dict(Outer, data, "recipe.toml")
+    assert str(caught.value).startswith("recipe.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_keys_are_answered_with_the_known_ones() -> None:
+    with pytest.raises(TokenstepError, match="known are root, rate"):
+        from_dict(Outer, {"root": "r", "rat": 1}, "file")
+
+
+def test_a_model_survives_json() -> None:
+    text = json.dumps(dataclasses.asdict(MODEL))
+    assert from_dict(ModelConfig, json.loads(text), "config.json") == MODEL
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": (), "palette": ()},
+        {"palette": ((0, 0, 0),)},
+        {"classes": ("x",) * 256, "palette": ((0, 0, 0),) * 256},
+        {"settings": Settings(merge=(0.5,))},
+        {"settings": Settings(exits=(0.5, 0.5, 0.5))},
+        {"settings": Settings(merge=(0.5, 0.5, 0.5, 1.5))},
+        {"settings": Settings(exits=(-0.1, 0.5))},
+        {"settings": Settings(exits=(float("nan"), 0.5))},
+        {"settings": Settings(spare=-1)},
+    ],
+)
+def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(TokenstepError) as caught:
+        dataclasses.replace(MODEL, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_switch_each_half_off() -> None:
+    both = Settings((0.1,), (0.2,), 3)
+    assert both.without_merging() == Settings((), (0.2,), 3)
+    assert both.without_exits() == Settings((0.1,), (), 3)
+
+
+RECIPE = """
+patch = 8
+out = "runs/policy"
+[data]
+root = "camvid"
+[policy]
+sizes = [2, 4]
+[[phases]]
+steps = 10
+batch = 2
+crop = [32, 48]
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_is_read(recipe: Path) -> None:
+    built = read_recipe(PolicyRecipe, recipe)
+    assert built.policy == PolicyConfig(sizes=(2, 4))
+    assert built.phases[0].crop == (32, 48)
+    assert built.phases[0].lr == 1e-3
+
+
+def test_overrides_go_on_top(recipe: Path) -> None:
+    overrides = [
+        "data.root=some/folder with = signs",
+        "patch=16",
+        "trainer.seed=3",
+        "policy.sizes=[2]",
+        'out="quoted"',
+    ]
+    built = read_recipe(PolicyRecipe, recipe, overrides)
+    assert built.data.root == "some/folder with = signs"
+    assert built.patch == 16
+    assert built.trainer.seed == 3
+    assert built.policy.sizes == (2,)
+    assert built.out == "quoted"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.root", "KEY=VALUE"),
+        ("data.rot=x", "rot"),
+        ("patch=eight", "patch"),
+        ("patch.size=8", "patch"),
+        ("phases.steps=8", "phases"),
+    ],
+)
+def test_wrong_overrides_are_named(recipe: Path, override: str, named: str) -> None:
+    with pytest.raises(TokenstepError, match=named) as caught:
+        read_recipe(PolicyRecipe, recipe, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"patch = ", b"\xff\xfe\x00", b"patch = 8\npatch = 9"])
+def test_a_file_that_is_no_toml_is_named(recipe: Path, content: bytes) -> None:
+    recipe.write_bytes(content)
+    with pytest.raises(TokenstepError, match=r"recipe\.toml") as caught:
+        read_recipe(PolicyRecipe, recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(TokenstepError, match=path.name):
+            read_recipe(PolicyRecipe, path)

@@ -1,0 +1,105 @@
+"""The GMAC that are reported against torch's own count of what really ran."""
+
+import pytest
+import torch
+from conftest import TinyModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenstep import cost
+from tokenstep.config import DENSE, Settings
+from tokenstep.cost import Cost
+from tokenstep.result import Result
+from tokenstep.segmenter import StepSegmenter
+
+REDUCED = Settings(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
+VARIANTS = (
+    {},
+    {"cells": 2},
+    {"stem": "conv"},
+    {"decoder": "mask"},
+    {"decoder": "mask", "cells": 4},
+    {"size_bias": True},
+    {"policy_features": True},
+    {"sub_patches": True},
+    {"decoder": "mask", "size_bias": True},
+    {"name": "vit_tiny_patch16_224", "patch": 16, "depth": 2, "exits": (1,)},
+    {"name": "vit_small_patch14_reg4_dinov2", "patch": 14, "depth": 2, "exits": (1,)},
+)
+
+
+def counted(model: StepSegmenter, images: list[torch.Tensor], settings: Settings) -> float:
+    """GMAC of a forward pass by torch's counter.
+
+    Attention runs on the back end of plain matrix products: for the fused ones on a CPU not every
+    torch release has a formula, and what has none counts as nothing.
+    """
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(images, settings=settings)
+    return counter.get_total_flops() / 2e9
+
+
+def used(model: StepSegmenter, image: torch.Tensor, settings: Settings) -> Result:
+    result = model.segment(image, settings=settings)
+    assert isinstance(result, Result)
+    return result
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("size", [(64, 96), (37, 90)])
+def test_dense_cost_is_what_torch_counts(
+    tiny_model: TinyModel, changes: dict[str, object], size: tuple[int, int]
+) -> None:
+    model, image = tiny_model(**changes), torch.rand(3, *size)
+    expected = counted(model, [image], DENSE)
+    assert model.dense_cost(size).total == pytest.approx(expected, rel=1e-9)
+    result = used(model, image, DENSE)
+    assert result.cost == result.dense_cost == model.dense_cost(size)
+    assert result.cost.exits == 0
+    assert (result.cost.policy > 0) == model.config.vit.policy_features
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_reduced_cost_is_what_torch_counts(
+    tiny_model: TinyModel, changes: dict[str, object]
+) -> None:
+    model, image = tiny_model(**changes), torch.rand(3, 64, 96)
+    exits = REDUCED.exits[: len(model.config.vit.exits)]
+    settings = Settings(REDUCED.merge, exits, REDUCED.spare)
+    result = used(model, image, settings)
+    assert result.tokens.end < result.tokens.start < result.tokens.grid, "both must have worked"
+    assert result.cost.total == pytest.approx(counted(model, [image], settings), rel=1e-9)
+    assert min(result.cost.policy, result.cost.exits) > 0
+
+
+def test_a_batch_costs_what_its_pictures_cost(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    images = [torch.rand(3, 64, 96), torch.rand(3, 30, 41)]
+    costs = [result.cost for result in model.segment_batch(images, settings=REDUCED)]
+    assert costs == [used(model, image, REDUCED).cost for image in images]
+    total = sum(cost.total for cost in costs)
+    assert total == pytest.approx(counted(model, images, REDUCED), rel=1e-9)
+
+
+def test_merging_and_exits_each_save(tiny_model: TinyModel) -> None:
+    model, image = tiny_model(depth=6, exits=(1, 2)), torch.rand(3, 96, 96)
+    dense = used(model, image, DENSE).cost
+    merged = used(model, image, REDUCED.without_exits()).cost
+    both = used(model, image, REDUCED).cost
+    assert both.blocks < merged.blocks < dense.blocks
+    assert merged.embed < dense.embed and both.decoder < merged.decoder < dense.decoder
+    assert both.policy == merged.policy > dense.policy == 0 and both.exits > merged.exits == 0
+
+
+def test_total_is_the_sum_of_the_stages() -> None:
+    assert Cost(policy=1, embed=2, blocks=4, exits=8, decoder=16).total == 31
+
+
+def test_an_unknown_decoder_has_no_cost() -> None:
+    with pytest.raises(TypeError, match="Identity"):
+        cost.decoder_macs(nn.Identity(), 5)

@@ -1,0 +1,204 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import TinyModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import random_partition, scramble
+
+from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings
+from tokenstep.errors import TokenstepError
+from tokenstep.model.encoder import EncoderSettings
+from tokenstep.model.exits import DeepSupervision
+from tokenstep.network import StepNetwork
+
+STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
+SIZES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: TinyModel) -> StepNetwork:
+    model = tiny_model(cells=2)
+    scramble(model)
+    return model
+
+
+@settings(max_examples=10)
+@given(SIZES)
+def test_label_maps_have_the_pictures_sizes_and_do_not_depend_on_the_batch(
+    model: StepNetwork, sizes: list[tuple[int, int]]
+) -> None:
+    pictures = [torch.rand(3, *size) for size in sizes]
+    with torch.no_grad():
+        together = model.label_maps(model(pictures, settings=STEP))
+        for picture, labels in zip(pictures, together, strict=True):
+            assert labels.shape == picture.shape[1:]
+            assert labels.dtype == torch.uint8
+            assert labels.max() < 3
+            (alone,) = model.label_maps(model([picture], settings=STEP))
+            # a pixel may flip where two classes are equal to rounding
+            assert (labels != alone).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (7, 9), (2000, 5)])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("decoder", ["linear", "mask"])
+def test_pictures_of_any_size(
+    tiny_model: TinyModel, size: tuple[int, int], stem: str, decoder: str
+) -> None:
+    model = tiny_model(stem=stem, decoder=decoder)
+    with torch.no_grad():
+        for used in (DENSE, STEP):
+            (labels,) = model.label_maps(model([torch.rand(3, *size)], settings=used))
+            assert labels.shape == size
+
+
+def test_a_tensor_and_a_list_are_the_same(model: StepNetwork) -> None:
+    images = torch.rand(2, 3, 24, 40)
+    with torch.no_grad():
+        one, other = model(images, settings=STEP), model(list(images), settings=STEP)
+    assert torch.equal(one.logits, other.logits)
+
+
+def test_its_own_settings_are_the_default(
+    tiny_config: Callable[..., ModelConfig], tiny_model: TinyModel
+) -> None:
+    model = tiny_model()
+    images = torch.rand(1, 3, 24, 40)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, model(images, settings=DENSE).logits)
+
+
+def test_a_given_partition_replaces_the_policy(model: StepNetwork) -> None:
+    level = random_partition([(4, 5)])
+    with torch.no_grad():
+        out = model(torch.rand(1, 3, 32, 40), settings=STEP, level=level)
+    assert torch.equal(out.level, level)
+
+
+def test_a_partition_of_another_grid_is_refused(model: StepNetwork) -> None:
+    with pytest.raises(ValueError, match="partition"):
+        model(torch.rand(1, 3, 32, 40), level=random_partition([(5, 4)]))
+
+
+def test_observers_see_the_tokens_before_the_exits_halt_them(model: StepNetwork) -> None:
+    watch = DeepSupervision(model.exits)
+    with torch.no_grad():
+        out = model(torch.rand(1, 3, 32, 40), settings=STEP, observers=[watch])
+    assert [len(tokens.x) for tokens, _ in watch.seen] == [out.live[0][0], out.live[1][0]]
+    assert out.live[2][0] < out.live[0][0]
+
+
+def test_a_frozen_policy_stays_in_eval_mode(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    model.train()
+    assert model.policy.training
+    model.policy.requires_grad_(False)
+    model.train()
+    assert model.training
+    assert model.encoder.training
+    assert not any(part.training for part in model.policy.modules())
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    model(torch.rand(2, 3, 40, 40), settings=STEP)
+    assert all(torch.equal(before[key], value) for key, value in model.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["encoder", "exits", "decoder", "tokenise"])
+def test_nan_weights_are_an_error_and_no_label_map(tiny_model: TinyModel, part: str) -> None:
+    model = tiny_model()
+    next(iter(getattr(model, part).parameters())).data.fill_(float("nan"))
+    # thresholds of 0: every token halts, so that the exits' logits are what counts
+    used = Settings(exits=(0.0, 0.0), spare=0) if part == "exits" else DENSE
+    with torch.no_grad(), pytest.raises(TokenstepError, match="NaN") as caught:
+        model.label_maps(model(torch.rand(1, 3, 24, 24), settings=used))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_nan_policy_is_an_error_and_no_dense_run(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    model.policy.heads[0].weight.data.fill_(float("nan"))
+    with torch.no_grad(), pytest.raises(TokenstepError, match="policy"):
+        model(torch.rand(1, 3, 40, 40), settings=STEP)
+
+
+@pytest.mark.parametrize("exits", [(0,), (3,), (2, 1), (1, 1), (-1,)])
+def test_exits_must_lie_between_the_blocks(
+    tiny_config: Callable[..., ModelConfig], exits: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="exits"):
+        StepNetwork(tiny_config(exits=exits))
+
+
+def test_thresholds_must_fit_the_model(model: StepNetwork) -> None:
+    image = torch.rand(1, 3, 24, 24)
+    with pytest.raises(ValueError, match="sizes"):
+        model(image, settings=Settings(merge=(0.5,)))
+    with pytest.raises(ValueError, match="exit"):
+        model(image, settings=Settings(exits=(0.5,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("decoder", ["linear", "mask"])
+def test_half_precision_weights_run(
+    tiny_model: TinyModel, dtype: torch.dtype, stem: str, decoder: str
+) -> None:
+    model = tiny_model(stem=stem, decoder=decoder, sub_patches=True, size_bias=True).to(dtype)
+    with torch.no_grad():
+        out = model([torch.rand(3, 40, 40), torch.rand(3, 9, 50)], settings=STEP)
+        assert out.logits.dtype == dtype
+        assert len(model.label_maps(out)) == 2
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("decoder", ["linear", "mask"])
+def test_autocast_runs_forward_and_backward(tiny_model: TinyModel, stem: str, decoder: str) -> None:
+    model = tiny_model(stem=stem, decoder=decoder, sub_patches=True, size_bias=True).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.rand(2, 3, 40, 40), settings=STEP)
+    out.logits.float().square().sum().backward()
+    assert model.tokenise.pos_embed.grad.isfinite().all()
+
+
+def test_back_ends_agree_in_the_whole_model(model: StepNetwork) -> None:
+    pictures = [torch.rand(3, 40, 40), torch.rand(3, 9, 50)]
+    outs = []
+    for backend in ("loop", "padded"):
+        model.encoder.settings = EncoderSettings(backend=backend)
+        with torch.no_grad():
+            outs.append(model(pictures, settings=STEP).logits)
+    model.encoder.settings = EncoderSettings()
+    assert torch.allclose(*outs, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("decoder", ["linear", "mask"])
+def test_cuda_agrees_with_the_cpu(tiny_model: TinyModel, dtype: torch.dtype, decoder: str) -> None:
+    model = tiny_model(decoder=decoder, size_bias=True, sub_patches=True, stem="conv")
+    scramble(model)
+    pictures = [torch.rand(3, 140, 90), torch.rand(3, 30, 200)]
+    with torch.no_grad():
+        level = model.partition(model.normalise(pictures), STEP)
+        expected = model(pictures, settings=DENSE, level=level)
+        cuda = model.to("cuda", dtype)
+        got = cuda([picture.cuda() for picture in pictures], settings=DENSE, level=level.cuda())
+        scale = float(expected.logits.abs().max())
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        error = (got.logits.float().cpu() - expected.logits).abs().mean()
+        assert error < tolerance * scale
+        for used in (DENSE, STEP):
+            maps = cuda.label_maps(cuda([p.cuda() for p in pictures], settings=used))
+            assert [one.shape for one in maps] == [(140, 90), (30, 200)]
+
+
+@pytest.mark.gpu
+def test_training_on_cuda_reaches_every_live_weight(tiny_model: TinyModel) -> None:
+    model = tiny_model(policy=PolicyConfig("test_efficientnet", stages=(1, 2), sizes=(2, 4)))
+    model = model.cuda().train()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = model(torch.rand(2, 3, 64, 80, device="cuda"), settings=STEP)
+    out.logits.float().square().sum().backward()
+    for part in (model.tokenise, model.encoder, model.decoder):
+        assert not [name for name, weight in part.named_parameters() if weight.grad is None]

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import resample_abs_pos_embed
+
+from tokenstep.model.positions import pooled_positions, resampled, sincos_positions
+
+GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
+
+
+@given(GRIDS)
+def test_resampling_is_that_of_timm(grids: list[tuple[int, int]]) -> None:
+    maps = torch.randn(1, 6, 3, 5)
+    for grid in grids:
+        table = maps.flatten(2).transpose(1, 2)
+        expected = resample_abs_pos_embed(
+            table, new_size=list(grid), old_size=[3, 5], num_prefix_tokens=0
+        )
+        got = resampled(maps, grid).flatten(2).transpose(1, 2)
+        assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_its_own_grid_is_left_as_it_is() -> None:
+    maps = torch.randn(1, 6, 2, 8)
+    assert resampled(maps, (2, 8)) is maps
+    assert resampled(maps, (4, 4)).shape == (1, 6, 4, 4)  # as many cells, another grid
+
+
+@given(GRIDS, st.sampled_from([1, 2, 4]))
+def test_each_superpatch_has_the_mean_of_its_cells(grids: list[tuple[int, int]], side: int) -> None:
+    grids = [*grids, (side, side)]  # at least one picture has such a superpatch
+    maps = torch.randn(1, 6, 4, 4)
+    pooled = pooled_positions(maps, grids, side)
+    for index, grid in enumerate(grids):
+        whole = resampled(maps, grid)
+        for row in range(grid[0] // side):
+            for column in range(grid[1] // side):
+                cells = whole[0, :, row * side :, column * side :][:, :side, :side]
+                where = (torch.tensor([entry]) for entry in (index, row, column))
+                assert torch.allclose(pooled.at(*where)[0], cells.mean((1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5)])
+def test_sine_and_cosine_positions_tell_cells_apart(grid: tuple[int, int]) -> None:
+    table = sincos_positions(grid, 16)
+    assert table.shape == (1, grid[0] * grid[1], 16)
+    assert len(table[0].unique(dim=0)) == grid[0] * grid[1]
+    assert table.abs().max() <= 1
+
+
+def test_sine_and_cosine_need_a_width_divisible_by_four() -> None:
+    with pytest.raises(ValueError, match="divisible by 4"):
+        sincos_positions((2, 2), 6)

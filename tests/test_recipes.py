@@ -1,0 +1,24 @@
+"""Every recipe in the repository is one that the reader accepts and that names a real model."""
+
+from pathlib import Path
+
+import pytest
+
+from tokenstep.config import PolicyRecipe, SegmenterRecipe, read_recipe
+from tokenstep.model.backbone import build_vit
+from tokenstep.model.encoder import require_supported
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_complete(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert f"recipes/{path.name}" in first, "the first comment is the command"
+    if path.stem.endswith("_policy"):
+        assert read_recipe(PolicyRecipe, path).patch > 0
+        return
+    recipe = read_recipe(SegmenterRecipe, path)
+    vit = build_vit(recipe.vit)
+    require_supported(vit)
+    assert all(0 < after < len(vit.blocks) for after in recipe.vit.exits)

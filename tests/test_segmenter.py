@@ -1,0 +1,207 @@
+"""Saving, loading, and pictures in, results out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import scramble
+
+from tokenstep.config import DENSE, Settings
+from tokenstep.errors import TokenstepError
+from tokenstep.segmenter import StepSegmenter, load
+
+STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> StepSegmenter:
+    model = tiny_model(cells=2, stem="conv", sub_patches=True)
+    scramble(model)
+    return model
+
+
+@pytest.fixture
+def saved(model: StepSegmenter, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(model: StepSegmenter) -> torch.Tensor:
+    torch.manual_seed(8)
+    with torch.no_grad():
+        return model([torch.rand(3, 40, 33), torch.rand(3, 9, 70)], settings=STEP).logits
+
+
+def test_saved_is_loaded(model: StepSegmenter, saved: Path) -> None:
+    for loaded in (load(saved), load(str(saved)), StepSegmenter.from_pretrained(str(saved))):
+        assert loaded.config == model.config
+        assert not loaded.training
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_only_safetensors_and_json_are_written(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    state = load_file(saved / "model.safetensors")
+    assert not {"mean", "std"} & set(state)
+
+
+def test_what_is_saved_are_the_settings_of_now(model: StepSegmenter, tmp_path: Path) -> None:
+    model.config = replace(model.config, settings=STEP)
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).config.settings == STEP
+
+
+def test_saving_again_writes_over(saved: Path) -> None:
+    loaded = load(saved)
+    loaded.decoder.linear.weight.data.zero_()
+    loaded.save_pretrained(saved)
+    assert not load(saved).decoder.linear.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_into_fp32(
+    model: StepSegmenter, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    before = logits(model)
+    model.to(dtype).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {dtype, torch.int64}  # batch counts
+    loaded = load(tmp_path)
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+    after = logits(loaded)
+    if after.shape == before.shape:  # else a token near its threshold went another way
+        assert torch.allclose(after, before, atol=0.1 * float(before.abs().max()))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"these are no weights")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lose_one(path: Path) -> None:
+    state = load_file(path)
+    state.pop("decoder.linear.weight")
+    save_file(state, path)
+
+
+def rename_one(path: Path) -> None:
+    state = load_file(path)
+    state["decoder.other.weight"] = state.pop("decoder.linear.weight")
+    save_file(state, path)
+
+
+@pytest.mark.parametrize("damage", [cut, overwrite, empty, Path.unlink, lose_one, rename_one])
+def test_damaged_weights_are_one_line(saved: Path, damage) -> None:
+    damage(saved / "model.safetensors")
+    with pytest.raises(TokenstepError, match=r"model\.safetensors") as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("classes", ["a", "b"]),
+        ("classes", 3),
+        ("colour", 1),
+        ("vit", {"name": "no_such_vit"}),
+        ("vit", {"name": "test_resnet"}),
+        ("policy", {"trunk": "no_such_cnn"}),
+        ("settings", {"merge": [0.5]}),
+    ],
+)
+def test_a_damaged_config_is_one_line(saved: Path, key: str, value: object) -> None:
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(TokenstepError) as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"'])
+def test_a_config_that_is_no_json_is_one_line(saved: Path, content: str) -> None:
+    (saved / "config.json").write_text(content)
+    with pytest.raises(TokenstepError) as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_for_other_classes_is_one_line(saved: Path) -> None:
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    config["classes"] = ["a", "b"]
+    config["palette"] = [[0, 0, 0], [1, 1, 1]]
+    path.write_text(json.dumps(config))
+    with pytest.raises(TokenstepError, match="do not fit") as caught:
+        load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenstepError, match=r"config\.json is missing"):
+        load(tmp_path)
+    with pytest.raises(TokenstepError, match=r"config\.json is missing"):
+        StepSegmenter.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "/no/such/folder"])
+def test_an_unknown_name_is_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(TokenstepError, match="not known") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_segment_takes_paths_images_arrays_and_tensors(
+    model: StepSegmenter, tmp_path: Path
+) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
+    image = Image.fromarray(array)
+    image.save(tmp_path / "picture.png")
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), image, array, tensor]
+    kinds.append(tensor.float() / 255)
+    results = [model.segment(kind, settings=STEP) for kind in kinds]
+    for result in results:
+        assert result.labels.shape == (30, 45)
+        assert result.labels.dtype == np.uint8
+        assert np.array_equal(result.labels, results[0].labels)
+
+
+def test_segment_gives_a_list_for_a_list(model: StepSegmenter) -> None:
+    pictures = [torch.rand(3, 40, 33), torch.rand(3, 9, 70)]
+    together = model.segment(pictures, settings=STEP)
+    assert isinstance(together, list)
+    for picture, result in zip(pictures, together, strict=True):
+        alone = model.segment(picture, settings=STEP)
+        assert (alone.labels != result.labels).mean() < 0.005
+        assert alone.tokens.start == result.tokens.start
+        assert alone.tokens.halted == result.tokens.halted
+
+
+def test_token_counts_add_up(model: StepSegmenter) -> None:
+    picture = torch.rand(3, 60, 45)
+    dense, reduced = (model.segment(picture, settings=used) for used in (DENSE, STEP))
+    assert dense.tokens.grid == dense.tokens.start == dense.tokens.end == 8 * 6
+    assert sum(dense.tokens.halted.values()) == 0
+    assert reduced.tokens.start < reduced.tokens.grid
+    assert reduced.tokens.start == reduced.tokens.end + sum(reduced.tokens.halted.values())
+    sides = 4.0 ** -reduced.tokens.level.astype(float)
+    assert sides.sum() == reduced.tokens.start
+    assert set(np.unique(reduced.tokens.layer)) <= {1, 2, 3}
+    assert reduced.cost.blocks < dense.cost.blocks
+    assert dense.cost == dense.dense_cost == reduced.dense_cost
