@@ -60,8 +60,8 @@ class VitConfig:
     ``name`` is any timm ViT with global attention; ``patch``, ``depth`` and ``image_size`` (h, w;
     the grid of the position table) override its own where given. ``stem`` "conv" puts a small
     convolutional stem in place of its patch embedding; ``policy_features`` adds what the policy's
-    CNN saw to every token (it then runs for the dense model too); ``sub_patches`` adds a zero-initialised
-    projection of a supertoken's patches; ``size_bias`` lets a supertoken weigh as much as its
+    CNN saw to every token (it then runs for the dense model too); ``sub_patches`` adds a
+    zero-initialised projection of its patches to a supertoken; ``size_bias`` lets it weigh as its
     patches in attention. ``exits`` are counts of blocks run; ``cells`` is the side of the
     sub-grid of logits per token.
     """
