@@ -17,9 +17,9 @@ STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
 SIZES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: TinyModel) -> StepNetwork:
-    model = tiny_model(cells=2)
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "policy_features"])
+def model(tiny_model: TinyModel, request: pytest.FixtureRequest) -> StepNetwork:
+    model = tiny_model(cells=2, policy_features=request.param)
     scramble(model)
     return model
 
@@ -202,3 +202,25 @@ def test_training_on_cuda_reaches_every_live_weight(tiny_model: TinyModel) -> No
     out.logits.float().square().sum().backward()
     for part in (model.tokenise, model.encoder, model.decoder):
         assert not [name for name, weight in part.named_parameters() if weight.grad is None]
+
+
+def test_policy_features_reach_every_token_and_leave_the_policy_alone(
+    tiny_model: TinyModel,
+) -> None:
+    model = tiny_model(policy_features=True)
+    normal = model.normalise([torch.rand(3, 32, 48), torch.rand(3, 17, 40)])
+    level = model.partition(normal, STEP)
+    context = model.look(normal).context()
+    assert context.shape == (2, model.policy.channels, *level.shape[1:])
+    tokens = model.tokenise(normal, level, context)
+    other = model.tokenise(normal, level, torch.randn_like(context))
+    changed = (tokens.x != other.x).any(dim=1)
+    assert torch.equal(changed, ~tokens.is_prefix)
+
+    model.encode(normal, level, settings=DENSE).logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.tokenise.context.parameters())
+    assert all(weight.grad is None for weight in model.policy.parameters())
+    with pytest.raises(ValueError, match="context"):
+        model.tokenise(normal, level)
+    with pytest.raises(ValueError, match="context"):
+        tiny_model().tokenise(normal, level, context)

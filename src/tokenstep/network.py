@@ -50,11 +50,11 @@ class Sights:
         return groups
 
     @torch.no_grad()
-    def context(self, shape: torch.Size) -> Tensor:
-        """Features on the grid ``shape (B, H, W)`` of the batch, ``(B, channels, H, W)``."""
-        batch, height, width = shape
-        first = self.groups[0][1].fused
-        context = first.new_zeros(batch, self.policy.channels, height, width)
+    def context(self) -> Tensor:
+        """Features ``(B, channels, H, W)`` on the largest grid of the batch, 0 outside."""
+        height, width = (max(side) for side in zip(*(s.grid for _, s in self.groups), strict=True))
+        fused = self.groups[0][1].fused
+        context = fused.new_zeros(len(self.normal), self.policy.channels, height, width)
         for members, sight in self.groups:
             rows, columns = sight.grid
             context[members, :, :rows, :columns] = self.policy.features(sight)
@@ -174,7 +174,7 @@ class StepNetwork(nn.Module):
         context = None
         if self.config.vit.policy_features:
             sights = self.look(normal) if sights is None else sights
-            context = sights.context(level.shape)
+            context = sights.context()
         tokens = self.tokenise(normal, level, context)
         reducers = list(observers)
         if settings.exits:
