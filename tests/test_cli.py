@@ -19,8 +19,9 @@ from samples import labelled_folder, pattern, png_header
 
 from tokenstep import __version__, cli
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
+from tokenstep.hub import shipped_models
 from tokenstep.pictures import read_picture
-from tokenstep.segmenter import StepSegmenter, shipped_models
+from tokenstep.segmenter import StepSegmenter
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -6,16 +6,9 @@ from typing import Literal
 
 import pytest
 
-from tokenstep.config import (
-    ModelConfig,
-    PolicyConfig,
-    PolicyRecipe,
-    Settings,
-    VitConfig,
-    from_dict,
-    read_recipe,
-)
+from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig, from_dict
 from tokenstep.errors import TokenstepError
+from tokenstep.recipes import PolicyRecipe, read_recipe
 
 MODEL = ModelConfig(("a", "b"), ((0, 0, 0), (1, 2, 3)), VitConfig(exits=(2, 4), cells=2))
 

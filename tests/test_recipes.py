@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenstep.config import PolicyRecipe, SegmenterRecipe, read_recipe
 from tokenstep.model.backbone import build_vit
 from tokenstep.model.encoder import require_supported
+from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

@@ -14,7 +14,8 @@ from support import scramble
 
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
-from tokenstep.segmenter import StepSegmenter, load
+from tokenstep.hub import load
+from tokenstep.segmenter import StepSegmenter
 
 STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
 

@@ -10,22 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokenstep.config import (
-    DataConfig,
-    Phase,
-    PolicyConfig,
-    PolicyRecipe,
-    SegmenterRecipe,
-    Settings,
-    TrainerConfig,
-    VitConfig,
-)
+from tokenstep.config import PolicyConfig, Settings, VitConfig
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import Comparison, evaluate
+from tokenstep.hub import load
 from tokenstep.loop import PhaseModule, Stream
-from tokenstep.segmenter import load
-from tokenstep.train import train_policy, train_segmenter
+from tokenstep.recipes import DataConfig, Phase, PolicyRecipe, SegmenterRecipe, TrainerConfig
+from tokenstep.train import SegmenterModule, train_policy, train_segmenter
 
 COLOURS = np.array([[40, 90, 200], [200, 60, 50], [240, 220, 60]])
 TRAINER = TrainerConfig(save_every=2, val_every=10_000, accelerator="cpu")
@@ -181,3 +173,24 @@ def test_a_wrong_recipe_is_one_line(
 def test_a_recipe_without_phases_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenstepError, match="phases"):
         segmenter_recipe(tmp_path, tmp_path, tmp_path)
+
+
+def test_heads_learn_at_their_own_rate_and_tables_are_not_decayed(
+    drawn: Path, policy: Path, tmp_path: Path
+) -> None:
+    phase = Phase(steps=2, batch=2, crop=(64, 64), lr=1e-3, head_lr=4.0, weight_decay=0.1)
+    recipe = segmenter_recipe(drawn, policy, tmp_path, phase)
+    model = train_segmenter(recipe, progress=False)
+    module = SegmenterModule(recipe, phase, model, torch.ones(3))
+    (optimizer,), _ = module.configure_optimizers()
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            seen.add(name)
+            head = any(part in name for part in ("exits", "decoder"))
+            assert group["initial_lr"] == pytest.approx(4e-3 if head else 1e-3), name
+            plain = parameter.ndim == 1 or "pos_embed" in name or "cls_token" in name
+            assert group["weight_decay"] == (0.0 if plain else 0.1), name
+    assert seen == {name for name in names.values() if ".policy." not in name}

@@ -2,8 +2,9 @@
 
 from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings, VitConfig
 from tokenstep.errors import TokenstepError
+from tokenstep.hub import load, shipped_models
 from tokenstep.result import Result, TokenUse
-from tokenstep.segmenter import StepSegmenter, load, shipped_models
+from tokenstep.segmenter import StepSegmenter
 from tokenstep.tokens import PackedTokens
 
 __version__ = "0.1.0"

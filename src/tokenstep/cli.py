@@ -16,13 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenstep import __version__, tables
-from tokenstep.config import DENSE, PolicyRecipe, SegmenterRecipe, Settings, read_recipe
+from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import PARTITIONS, Comparison, evaluate
+from tokenstep.hub import load
 from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.pictures import find_pictures, require_writable, write_text
-from tokenstep.segmenter import StepSegmenter, load
+from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
+from tokenstep.segmenter import StepSegmenter
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tokenstep.config import DataConfig, Phase, TrainerConfig
 from tokenstep.data import LabelledFolder
 from tokenstep.pictures import write_whole
+from tokenstep.recipes import DataConfig, Phase, TrainerConfig
 from tokenstep.transforms import TrainTransform
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -52,8 +52,13 @@ class Stream(Dataset[tuple[Tensor, Tensor]]):
             return self.folder[picture]
 
 
+TABLES = ("pos_embed", "cls_token", "reg_token")
+
+
 class PhaseModule(pl.LightningModule):
     """What both trainings share: the stream of pictures, AdamW, and resuming at a step."""
+
+    heads: tuple[str, ...] = ()  # what learns at the heads' rate, by the start of its name
 
     def __init__(self, data: DataConfig, phase: Phase, seed: int) -> None:
         super().__init__()
@@ -91,20 +96,18 @@ class PhaseModule(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """AdamW; norms, biases and position tables are not decayed."""
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
+        """AdamW; norms, biases and position tables are not decayed, heads may learn faster."""
+        phase = self.phase
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                single = parameter.ndim < 2 or name.endswith(
-                    ("pos_embed", "cls_token", "reg_token")
-                )
-                (plain if single else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": self.phase.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.phase.lr)
+                plain = parameter.ndim < 2 or name.endswith(TABLES)
+                decay = 0.0 if plain else phase.weight_decay
+                lr = phase.lr * (phase.head_lr if name.startswith(self.heads) else 1.0)
+                groups.setdefault((lr, decay), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+        )
         warmup = max(1, self.phase.warmup)
         schedule = torch.optim.lr_scheduler.SequentialLR(
             optimizer,

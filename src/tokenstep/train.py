@@ -11,15 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tokenstep.config import (
-    ModelConfig,
-    Phase,
-    PolicyConfig,
-    PolicyRecipe,
-    SegmenterRecipe,
-    Settings,
-    from_dict,
-)
+from tokenstep.config import ModelConfig, PolicyConfig, Settings, from_dict
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.loop import PhaseModule, run_phase, save_weights
@@ -30,10 +22,11 @@ from tokenstep.losses import (
     segmentation_loss,
 )
 from tokenstep.metrics import confusion_matrix, iou_of
-from tokenstep.model import superpatches
 from tokenstep.model.exits import DeepSupervision
 from tokenstep.model.policy import Policy
 from tokenstep.pictures import write_text
+from tokenstep.policy_report import policy_report
+from tokenstep.recipes import Phase, PolicyRecipe, SegmenterRecipe
 from tokenstep.segmenter import WEIGHTS, StepSegmenter
 from tokenstep.transforms import to_float
 
@@ -65,6 +58,8 @@ class PolicyModule(PhaseModule):
 
 class SegmenterModule(PhaseModule):
     """Trains a :class:`StepSegmenter` with its policy frozen, on merged tokens."""
+
+    heads = ("model.exits.", "model.decoder.", "model.tokenise.context.")
 
     def __init__(
         self, recipe: SegmenterRecipe, phase: Phase, model: StepSegmenter, weight: Tensor
@@ -201,67 +196,6 @@ def count_pixels(folder: LabelledFolder) -> Tensor:
     for _, label in folder:
         total += torch.bincount(label.flatten().long(), minlength=256)
     return total[: len(folder.classes.names)]
-
-
-@torch.inference_mode()
-def policy_report(
-    policy: Policy, folder: LabelledFolder, *, tolerance: float, threshold: float = 0.5
-) -> dict[str, Any]:
-    """Precision, recall, purity and token reduction on a labelled folder, per superpatch size.
-
-    The reduction of a size is that of merging by this size alone; ``all`` merges by all sizes.
-    Purity is the mean share of the most frequent class in the chosen superpatches.
-    """
-    policy.eval()
-    sizes, classes = policy.config.sizes, len(folder.classes.names)
-    sums = torch.zeros(len(sizes), 6, dtype=torch.float64)
-    cells = tokens = 0
-    for image, label in folder:
-        normal = (to_float(image)[None] - 0.5) / 0.5
-        scores = [score.sigmoid() for score in policy(normal)]
-        grid = (-(-label.shape[0] // policy.patch), -(-label.shape[1] // policy.patch))
-        empty = superpatches.uniform([grid])
-        full = superpatches.padded_labels(label[None], policy.patch)
-        for row, size in enumerate(sizes):
-            share = superpatches.purity(full, size * policy.patch, classes)
-            truth, chosen = share > 1 - tolerance - 1e-6, scores[row] > threshold
-            alone = superpatches.from_scores([scores[row]], [size], [threshold], empty)
-            sums[row] += torch.tensor(
-                [
-                    float((truth & chosen).sum()),
-                    float(chosen.sum()),
-                    float(truth.sum()),
-                    float((share * chosen).sum()),
-                    float(grid[0] * grid[1]),
-                    float(superpatches.token_counts(alone).sum()),
-                ],
-                dtype=torch.float64,
-            )
-        level = superpatches.from_scores(scores, sizes, [threshold] * len(sizes), empty)
-        cells += grid[0] * grid[1]
-        tokens += int(superpatches.token_counts(level).sum())
-    return {
-        "threshold": threshold,
-        "tolerance": tolerance,
-        "images": len(folder),
-        "sizes": {
-            str(size): {
-                "precision": _ratio(hit, chosen),
-                "recall": _ratio(hit, truth),
-                "purity": _ratio(pure, chosen),
-                "reduction": _ratio(grid, left),
-            }
-            for size, (hit, chosen, truth, pure, grid, left) in zip(
-                sizes, sums.tolist(), strict=True
-            )
-        },
-        "all": {"reduction": _ratio(cells, tokens)},
-    }
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    """Quotient, or None where nothing was counted."""
-    return part / whole if whole else None
 
 
 def save_recipe(recipe: PolicyRecipe | SegmenterRecipe, out: Path) -> None:

@@ -45,11 +45,10 @@ def resampled(maps: Tensor, grid: Grid) -> Tensor:
     """Scale ``maps (1, D, H0, W0)`` to ``grid`` as timm does: bicubic, antialiased, in fp32."""
     if tuple(maps.shape[2:]) == grid:
         return maps
-    # One column at a time is wrong in torch's antialiased kernel (seen in 2.15 on the CPU); the
-    # mean of two columns is one column of twice the width.
-    wide = (grid[0], max(grid[1], 2))
-    scaled = F.interpolate(maps.float(), wide, mode="bicubic", antialias=True)
-    return scaled[..., : grid[1]].to(maps.dtype) if grid[1] > 1 else scaled.mean(-1, True)
+    # Contiguous, since torch's kernel (2.15, CPU) goes wrong on a channels-last input, which a
+    # position table is, when the output is one column wide.
+    scaled = F.interpolate(maps.float().contiguous(), grid, mode="bicubic", antialias=True)
+    return scaled.to(maps.dtype)
 
 
 def sincos_positions(grid: Grid, dim: int) -> Tensor:
