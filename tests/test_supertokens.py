@@ -8,6 +8,7 @@ from support import random_partition, scramble
 from torch import Tensor
 
 from tokenstep.model import superpatches
+from tokenstep.model.positions import resampled
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser, owners
 from tokenstep.tokens import PackedTokens
 
@@ -48,9 +49,7 @@ def reference(build: Tokeniser, picture: Tensor, level: Tensor) -> Tensor:
     height, width = level.shape
     prefix = build.prefix_count if build.prefix_has_position else 0
     table = build.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, build.table_grid)
-    table = table.contiguous()  # torch's kernel is wrong else, see resampled
-    if build.table_grid != (height, width):
-        table = F.interpolate(table, (height, width), mode="bicubic", antialias=True)
+    table = resampled(table, (height, width))
     rows = []
     for row in range(height):
         for column in range(width):

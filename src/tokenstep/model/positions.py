@@ -45,9 +45,10 @@ def resampled(maps: Tensor, grid: Grid) -> Tensor:
     """Scale ``maps (1, D, H0, W0)`` to ``grid`` as timm does: bicubic, antialiased, in fp32."""
     if tuple(maps.shape[2:]) == grid:
         return maps
-    # Contiguous, since torch's kernel (2.15, CPU) goes wrong on a channels-last input, which a
-    # position table is, when the output is one column wide.
-    scaled = F.interpolate(maps.float().contiguous(), grid, mode="bicubic", antialias=True)
+    if grid[1] == 1 < grid[0]:
+        # One column as one row: torch's kernel (2.15, CPU) repeats the first row of a column.
+        return resampled(maps.transpose(2, 3), (1, grid[0])).transpose(2, 3)
+    scaled = F.interpolate(maps.float(), grid, mode="bicubic", antialias=True)
     return scaled.to(maps.dtype)
 
 
