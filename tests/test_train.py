@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -55,8 +56,10 @@ def data_config(root: Path) -> DataConfig:
     return DataConfig(str(root), scale=(0.8, 1.25), colour=0.1, workers=0)
 
 
-def policy_recipe(root: Path, out: Path, steps: int) -> PolicyRecipe:
-    phase = Phase(steps=steps, batch=8, crop=(64, 64), lr=5e-3, warmup=5)
+def policy_recipe(
+    root: Path, out: Path, steps: int, optimizer: Literal["adamw", "muon"] = "adamw"
+) -> PolicyRecipe:
+    phase = Phase(steps=steps, batch=8, crop=(64, 64), lr=5e-3, warmup=5, optimizer=optimizer)
     return PolicyRecipe(data_config(root), (phase,), 8, str(out), POLICY, trainer=TRAINER)
 
 
@@ -123,11 +126,15 @@ def train_killed(recipe: PolicyRecipe, monkeypatch: pytest.MonkeyPatch, at: int)
             train_policy(recipe, progress=False)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: Literal["adamw", "muon"],
 ) -> None:
-    train_policy(policy_recipe(drawn, tmp_path / "whole", 7), progress=False)
-    broken = policy_recipe(drawn, tmp_path / "broken", 7)
+    train_policy(policy_recipe(drawn, tmp_path / "whole", 7, optimizer), progress=False)
+    broken = policy_recipe(drawn, tmp_path / "broken", 7, optimizer)
     train_killed(broken, monkeypatch, at=5)  # the last checkpoint is that of step 4
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     train_policy(broken, progress=False)
@@ -194,3 +201,24 @@ def test_heads_learn_at_their_own_rate_and_tables_are_not_decayed(
             plain = parameter.ndim == 1 or "pos_embed" in name or "cls_token" in name
             assert group["weight_decay"] == (0.0 if plain else 0.1), name
     assert seen == {name for name in names.values() if ".policy." not in name}
+
+
+def test_muon_moves_the_matrices_and_adamw_the_rest(
+    drawn: Path, policy: Path, tmp_path: Path
+) -> None:
+    phase = Phase(steps=2, batch=2, crop=(64, 64), lr=1e-3, optimizer="muon")
+    recipe = segmenter_recipe(drawn, policy, tmp_path, phase)
+    model = train_segmenter(recipe, progress=False)
+    module = SegmenterModule(recipe, phase, model, torch.ones(3))
+    (optimizer,), _ = module.configure_optimizers()
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    by_muon = {
+        names[parameter]
+        for group in optimizer.param_groups
+        if not group["use_fallback"]
+        for parameter in group["params"]
+    }
+    assert any("blocks.0.mlp.fc1.weight" in name for name in by_muon)
+    for name in by_muon:
+        assert name.endswith("weight") and "norm" not in name, name
+        assert "exits" not in name and "decoder" not in name, name

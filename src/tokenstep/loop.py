@@ -1,4 +1,4 @@
-"""The training loop of one phase: pictures drawn by step, AdamW, checkpoints that resume.
+"""The training loop of one phase: pictures drawn by step, the optimiser, checkpoints that resume.
 
 Everything random is drawn from the seed and the step, so that a run that was killed and started
 again goes on as if nothing had happened.
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file, save_file
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -56,7 +57,7 @@ TABLES = ("pos_embed", "cls_token", "reg_token")
 
 
 class PhaseModule(pl.LightningModule):
-    """What both trainings share: the stream of pictures, AdamW, and resuming at a step."""
+    """What both trainings share: the stream of pictures, the optimiser, and resuming at a step."""
 
     heads: tuple[str, ...] = ()  # what learns at the heads' rate, by the start of its name
 
@@ -96,18 +97,28 @@ class PhaseModule(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """AdamW; norms, biases and position tables are not decayed, heads may learn faster."""
+        """AdamW or Muon; norms, biases and position tables are not decayed."""
         phase = self.phase
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 plain = parameter.ndim < 2 or name.endswith(TABLES)
+                head = name.startswith(self.heads)
                 decay = 0.0 if plain else phase.weight_decay
-                lr = phase.lr * (phase.head_lr if name.startswith(self.heads) else 1.0)
-                groups.setdefault((lr, decay), []).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
-        )
+                lr = phase.lr * (phase.head_lr if head else 1.0)
+                groups.setdefault((lr, decay, plain or head), []).append(parameter)
+        optimizer: torch.optim.Optimizer
+        if phase.optimizer == "muon":
+            optimizer = Muon(
+                [
+                    {"params": p, "lr": lr, "weight_decay": wd, "use_fallback": adamw}
+                    for (lr, wd, adamw), p in groups.items()
+                ]
+            )
+        else:
+            optimizer = torch.optim.AdamW(
+                [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd, _), p in groups.items()]
+            )
         warmup = max(1, self.phase.warmup)
         schedule = torch.optim.lr_scheduler.SequentialLR(
             optimizer,

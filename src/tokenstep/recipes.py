@@ -52,11 +52,13 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training: AdamW with warm-up and cosine decay of the learning rate.
+    """One stretch of training, with warm-up and cosine decay of the learning rate.
 
     ``dense_share`` is the share of pictures that run unmerged, so that the model is good both
     ways; ``pruning`` lets exits halt tokens at the model's own thresholds. ``head_lr`` times ``lr``
-    is the rate of exits, decoder and the projection of policy features.
+    is the rate of exits, decoder and the projection of policy features. ``optimizer`` "muon" gives
+    the other matrices orthogonalised momentum (Jordan et al. 2024), at AdamW's rates, and leaves
+    the rest to AdamW.
     """
 
     steps: int
@@ -68,6 +70,7 @@ class Phase:
     dense_share: float = 0.1
     pruning: bool = False
     head_lr: float = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclass(frozen=True)
