@@ -7,6 +7,7 @@ from tokenstep.losses import (
     class_weights,
     homogeneity_loss,
     homogeneity_targets,
+    naming_loss,
     segmentation_loss,
 )
 from tokenstep.model import superpatches
@@ -58,6 +59,19 @@ def test_homogeneity_loss_leaves_out_sizes_that_do_not_fit() -> None:
 def test_homogeneity_loss_of_one_outcome_only_is_finite() -> None:
     for target in (torch.ones(1, 3, 3), torch.zeros(1, 3, 3)):
         assert homogeneity_loss([torch.zeros(1, 3, 3)], [target.bool()]).isfinite()
+
+
+def test_naming_loss_is_cross_entropy_that_ignores() -> None:
+    labels = (
+        torch.tensor([[0, 0, 0, 1], [0, 0, 0, 1]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    )
+    logits = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 1, 2)  # sure of class 0
+    sure, wrong = (F.cross_entropy(logits[:, :, 0, 0], torch.tensor([k])) for k in (0, 1))
+    # Of four columns at twice the grid's resolution one is of class 1.
+    assert torch.isclose(naming_loss(logits, labels[None]), (3 * sure + wrong) / 4)
+    labels[labels == 1] = 255
+    assert torch.isclose(naming_loss(logits, labels[None]), sure)
+    assert naming_loss(logits, torch.full_like(labels, 255)[None]) == 0
 
 
 def test_segmentation_loss_is_cross_entropy_on_the_grid() -> None:

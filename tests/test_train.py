@@ -17,6 +17,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import Comparison, evaluate
 from tokenstep.hub import load
 from tokenstep.loop import PhaseModule, Stream
+from tokenstep.model.policy import Policy
 from tokenstep.recipes import DataConfig, Phase, PolicyRecipe, SegmenterRecipe, TrainerConfig
 from tokenstep.train import SegmenterModule, train_policy, train_segmenter
 
@@ -144,6 +145,28 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_of_another_recipe_is_not_resumed(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    recipe = policy_recipe(drawn, tmp_path, 3)
+    if ended:
+        train_policy(recipe, progress=False)
+    else:
+        train_killed(recipe, monkeypatch, at=2)
+    wider = dataclasses.replace(recipe, policy=dataclasses.replace(POLICY, width=24))
+    with pytest.raises(TokenstepError, match="another recipe") as caught:
+        train_policy(wider, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_policy_may_learn_the_classes_aside(drawn: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(policy_recipe(drawn, tmp_path, 2), class_weight=0.5)
+    train_policy(recipe, progress=False)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == Policy(POLICY, 8).state_dict().keys()  # the head is dropped
 
 
 def test_the_stream_is_a_function_of_seed_and_place(drawn: Path) -> None:

@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file, save_file
-from timm.optim import Muon
+from timm.optim import Muon  # type: ignore[attr-defined]  # timm re-exports without saying so
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tokenstep.data import LabelledFolder
+from tokenstep.errors import TokenstepError
 from tokenstep.pictures import write_whole
 from tokenstep.recipes import DataConfig, Phase, TrainerConfig
 from tokenstep.transforms import TrainTransform
@@ -145,10 +146,16 @@ def run_phase(
     """Train ``network`` through one phase, or load its end if ``folder`` has it.
 
     A run that was killed goes on from the newest checkpoint in ``folder``.
+
+    Raises:
+        TokenstepError: the checkpoint is of a network of another shape.
     """
     end = folder / "end.safetensors"
     if end.is_file():
-        network.load_state_dict(load_file(end))
+        try:
+            network.load_state_dict(load_file(end))
+        except RuntimeError as error:
+            raise _other_recipe(end, folder) from error
         return
     checkpoints = ModelCheckpoint(
         folder, every_n_train_steps=settings.save_every, save_last=True, save_top_k=0
@@ -181,12 +188,24 @@ def run_phase(
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.15
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
         # Our own checkpoint of this very run is the one file that is ever unpickled.
-        trainer.fit(module, val_dataloaders=val, ckpt_path=last if last.is_file() else None)
+        resumed = last if last.is_file() else None
+        try:
+            trainer.fit(module, val_dataloaders=val, ckpt_path=resumed)
+        except RuntimeError as error:
+            if resumed is not None and "loading state_dict" in str(error):
+                raise _other_recipe(last, folder) from error
+            raise
     if trainer.global_step < module.phase.steps:
         raise KeyboardInterrupt  # Lightning swallows it to shut down in order
     if trainer.is_global_zero:
         save_weights(network, end)
     trainer.strategy.barrier()
+
+
+def _other_recipe(path: Path, folder: Path) -> TokenstepError:
+    return TokenstepError(
+        f"{path}: is of another recipe: choose another out, or remove {folder.parent}"
+    )
 
 
 def save_weights(network: nn.Module, path: Path) -> None:

@@ -41,6 +41,19 @@ def homogeneity_loss(scores: Sequence[Tensor], targets: Sequence[Tensor]) -> Ten
     return torch.stack(losses).mean()
 
 
+def naming_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of ``logits (B, C, H, W)`` on the patch grid with ``labels (B, h, w)``, int64.
+
+    Taken on a grid of twice its resolution, so that a patch across a boundary is told so. Where
+    all labels are ignored the loss is 0.
+    """
+    fine = F.interpolate(logits.float(), scale_factor=2, mode="bilinear", align_corners=False)
+    target = F.interpolate(labels[:, None].float(), fine.shape[2:], mode="nearest-exact")[:, 0]
+    target = target.long()
+    summed = F.cross_entropy(fine, target, ignore_index=IGNORE, reduction="sum")
+    return summed / (target != IGNORE).sum().clamp(min=1)
+
+
 def segmentation_loss(
     tokens: PackedTokens,
     logits: Tensor,

@@ -75,7 +75,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """How to train a policy: recipes/*_policy.toml. ``tolerance`` is the impurity let pass."""
+    """How to train a policy: recipes/*_policy.toml.
+
+    ``tolerance`` is the impurity let pass. ``class_weight`` above 0 adds that times a loss of
+    naming the classes, by a head that is dropped afterwards: it makes what the policy sees worth
+    more to a ViT with ``policy_features``.
+    """
 
     data: DataConfig
     phases: tuple[Phase, ...]
@@ -83,6 +88,7 @@ class PolicyRecipe:
     out: str
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     tolerance: float = 0.0
+    class_weight: float = 0.0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, from_dict
@@ -19,11 +19,13 @@ from tokenstep.losses import (
     class_weights,
     homogeneity_loss,
     homogeneity_targets,
+    naming_loss,
     segmentation_loss,
 )
 from tokenstep.metrics import confusion_matrix, iou_of
 from tokenstep.model.exits import DeepSupervision
 from tokenstep.model.policy import Policy
+from tokenstep.model.superpatches import padded_labels
 from tokenstep.pictures import write_text
 from tokenstep.policy_report import policy_report
 from tokenstep.recipes import Phase, PolicyRecipe, SegmenterRecipe
@@ -39,6 +41,7 @@ class PolicyModule(PhaseModule):
         self.recipe = recipe
         self.policy = policy
         self.classes = classes
+        self.namer = nn.Conv2d(policy.channels, classes, 1) if recipe.class_weight > 0 else None
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Loss of one batch."""
@@ -51,8 +54,14 @@ class PolicyModule(PhaseModule):
             tolerance=self.recipe.tolerance,
         )
         # The same normalisation as the segmenter's default.
-        loss = homogeneity_loss(self.policy((images - 0.5) / 0.5), targets)
+        sight = self.policy.look((images - 0.5) / 0.5)
+        loss = homogeneity_loss(self.policy.score(sight), targets)
         self.log("loss", loss, prog_bar=True)
+        if self.namer is not None:
+            named = self.namer(self.policy.features(sight))
+            aside = naming_loss(named, padded_labels(labels, self.recipe.patch))
+            self.log("naming", aside, prog_bar=True)
+            loss = loss + self.recipe.class_weight * aside
         return loss
 
 
