@@ -93,6 +93,9 @@ def test_a_trained_segmenter_is_right_and_merges(drawn: Path, policy: Path, tmp_
     train_segmenter(segmenter_recipe(drawn, policy, tmp_path, phase, tuned), progress=False)
 
     model = load(tmp_path)
+    frozen = load_file(policy / "model.safetensors")  # with the statistics of its norms
+    for name, value in model.policy.state_dict().items():
+        assert torch.equal(value, frozen[name]), name
     settings = model.config.settings
     test = LabelledFolder(drawn, "test")
     report = evaluate(model, test, Comparison(settings))

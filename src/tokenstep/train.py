@@ -168,6 +168,7 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
         )
     model.policy.load_state_dict(state)
     model.policy.requires_grad_(False)
+    model.train()  # which leaves the frozen policy in eval mode; Lightning does not call it
     weight = torch.ones(len(classes.names))
     if recipe.class_balance > 0:
         weight = class_weights(count_pixels(folder), recipe.class_balance)
