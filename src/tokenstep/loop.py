@@ -187,6 +187,8 @@ def run_phase(
         # The stream starts at the step of the checkpoint, which Lightning cannot know.
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.15
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        # The frozen policy is meant to be.
+        warnings.filterwarnings("ignore", "Found .* in eval mode")
         # Our own checkpoint of this very run is the one file that is ever unpickled.
         resumed = last if last.is_file() else None
         try:
