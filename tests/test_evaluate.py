@@ -15,6 +15,8 @@ from tokenstep.data import LabelledFolder
 from tokenstep.evaluate import PARTITIONS, Comparison, Partition, evaluate
 from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
+from tokenstep.model.policy import Sight
+from tokenstep.network import Sights
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
 
@@ -42,9 +44,11 @@ def levels_of(
     seen: list[Tensor] = []
     whole = model.encode
 
-    def encode(normal: list[Tensor], level: Tensor, *, settings: Settings) -> object:
+    def encode(
+        normal: list[Tensor], level: Tensor, *, settings: Settings, sights: Sights
+    ) -> object:
         seen.append(level)
-        return whole(normal, level, settings=settings)
+        return whole(normal, level, settings=settings, sights=sights)
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode", encode)
@@ -151,9 +155,9 @@ def test_uniform_merges_nothing(
 def test_random_keeps_the_policys_counts_and_moves_the_places(
     model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def top_left(images: Tensor) -> list[Tensor]:
+    def top_left(sight: Sight) -> list[Tensor]:
         """Scores that take one superpatch of each size, side by side."""
-        grid = [-(-side // model.patch) for side in images.shape[2:]]
+        grid = sight.grid
         scores = [torch.zeros(1, grid[0] // size, grid[1] // size) for size in (2, 4)]
         scores[0][:, :1, 2:3] = scores[1][:, :1, :1] = 1
         return scores
