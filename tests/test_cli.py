@@ -19,7 +19,8 @@ from samples import labelled_folder, pattern, png_header
 
 from tokenstep import __version__, cli
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
-from tokenstep.hub import shipped_models
+from tokenstep.errors import TokenstepError
+from tokenstep.hub import load, shipped_models
 from tokenstep.pictures import read_picture
 from tokenstep.segmenter import StepSegmenter
 
@@ -248,6 +249,9 @@ def test_thresholds_change_what_is_spent(
         (["--exits", "0.5,0.5"], "--exits 1 exit"),
         (["--exits", ""], "--exits"),
         (["--dense", "--exits", "0.9"], "--dense --exits"),
+        (["--dense", "--max-loss", "1"], "--dense --max-loss"),
+        (["--max-loss", "1", "--merge", "off"], "--max-loss --merge"),
+        (["--max-loss", "1"], "operating points calibrate"),
         (["--device", "abacus"], "--device abacus cpu"),
         (["--device", "cuda:99"], "--device cuda:99 cpu"),
         (["--device", "meta"], "--device meta cpu"),
@@ -412,3 +416,45 @@ def test_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         assert cli._progress().disable is not terminal
+
+
+# --- calibrate and its knob -------------------------------------------------------------------
+
+
+def test_calibrate_gives_segment_and_evaluate_their_knob(
+    call: Call, saved: Path, tmp_path: Path, photo: Path
+) -> None:
+    data = labelled_folder(tmp_path / "set", CLASSES, [(160, 240)])
+    out = tmp_path / "calibrated"
+    options = ["--data", data, "--split", "test"]
+    code, stdout, err = call("calibrate", "--model", saved, "--out", out, *options)
+    assert (code, err) == (0, "") and "points lost" in stdout and str(out) in stdout
+    report = json.loads((out / "calibration.json").read_text())
+    points = report["points"]
+    assert points and report["images"] == 1 and report["exits"]["1"]["temperature"] > 0
+
+    boundless = ["--model", out, "--max-loss", "100", "--out", tmp_path / "o"]
+    code, stdout, err = call("segment", photo, *boundless)
+    assert (code, err) == (0, "") and "operating point" in stdout
+    written = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert written["point"] == min(points, key=lambda point: point["gmac"])
+    assert written["settings"] == written["point"]["settings"]
+
+    code, stdout, _ = call("evaluate", "--model", out, "--max-loss", "100", *options, "--json", "-")
+    found = json.loads(stdout)
+    assert code == 0 and found["point"] == written["point"]
+    assert found["reduced"]["miou"] == pytest.approx(found["point"]["miou"], abs=1e-5)
+    code, stdout, _ = call("evaluate", "--model", out, "--max-loss", "0", *options, "--json", "-")
+    found = json.loads(stdout)
+    assert code == 0 and found["point"] is None
+    assert found["reduced"]["miou"] == found["dense"]["miou"]
+
+
+def test_segment_in_python_has_the_knob_too(saved: Path, photo: Path) -> None:
+    model = load(saved)
+    with pytest.raises(TokenstepError, match="not both"):
+        model.segment(photo, settings=Settings(), max_loss=1)
+    with pytest.raises(TokenstepError, match="calibrate"):
+        model.segment(photo, max_loss=1)
+    dense = model.segment(photo, max_loss=0)
+    assert not isinstance(dense, list) and dense.tokens.start == dense.tokens.grid

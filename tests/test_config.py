@@ -6,7 +6,14 @@ from typing import Literal
 
 import pytest
 
-from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig, from_dict
+from tokenstep.config import (
+    ModelConfig,
+    OperatingPoint,
+    PolicyConfig,
+    Settings,
+    VitConfig,
+    from_dict,
+)
 from tokenstep.errors import TokenstepError
 from tokenstep.recipes import PolicyRecipe, read_recipe
 
@@ -192,3 +199,39 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(TokenstepError, match=path.name):
             read_recipe(PolicyRecipe, path)
+
+
+def point(loss: float, gmac: float, merge: tuple[float, ...] = ()) -> OperatingPoint:
+    return OperatingPoint(Settings(merge), 0.6, loss, gmac, 900.0, 0.0, "val", 101)
+
+
+def calibrated(*points: OperatingPoint) -> ModelConfig:
+    return ModelConfig(("a", "b"), ((0, 0, 0), (9, 9, 9)), points=points)
+
+
+def test_the_cheapest_point_within_the_loss_is_taken() -> None:
+    cheap, middle, dear, lucky = point(1.5, 2), point(0.5, 4), point(0.4, 6), point(-0.1, 5)
+    config = calibrated(cheap, middle, dear, lucky)
+    assert config.point_within(9) == config.point_within(1.5) == cheap
+    assert config.point_within(1.49) == config.point_within(0.5) == middle
+    assert config.point_within(0.45) == lucky
+    assert config.point_within(0) is None, "0 is dense, however lucky a point was"
+    assert calibrated(cheap).point_within(1) is None
+
+
+def test_no_points_or_no_sensible_loss_is_told() -> None:
+    assert calibrated().point_within(0) is None
+    with pytest.raises(TokenstepError, match="calibrate"):
+        calibrated().point_within(0.5)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(TokenstepError, match="max_loss"):
+            calibrated(point(1, 1)).point_within(wrong)
+
+
+def test_points_and_temperatures_must_fit_the_model() -> None:
+    with pytest.raises(TokenstepError, match="superpatch"):
+        calibrated(point(1, 1, merge=(0.5,)))
+    config = calibrated()
+    for wrong in ((1.0,), (0.0, 1.0), (1.0, -1.0)):
+        with pytest.raises(TokenstepError, match="temperature"):
+            dataclasses.replace(config, vit=VitConfig(exits=(1, 2)), temperatures=wrong)

@@ -158,3 +158,15 @@ def test_deep_supervision_sees_every_exit_and_halts_nothing() -> None:
     for blocks_run in range(1, 5):
         watch(tokens, blocks_run)
     assert [logits.shape for _, logits in watch.seen] == [(5, 4, CLASSES)] * 2
+
+
+def test_a_temperature_tempers_the_confidence_and_not_the_prediction() -> None:
+    tokens = grid_tokens([(4, 5)])
+    heads = exits()
+    confidence, _ = confidence_of(heads(tokens.x, 0) / 2)
+    threshold = float(confidence.median())
+    pruning = EarlyPruning(heads, (threshold, 1.0), 0, temperatures=(2.0, 1.0))
+    halt = pruning(tokens, 2)
+    assert halt is not None
+    assert torch.equal(halt.done, (confidence > threshold) & ~tokens.is_prefix)
+    assert torch.equal(halt.logits, heads(tokens.x, 0))

@@ -5,26 +5,35 @@ import json
 import logging
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenstep import __version__, tables
-from tokenstep.config import DENSE, Settings
+from tokenstep.calibrate import calibrate
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import PARTITIONS, Comparison, evaluate
-from tokenstep.hub import load
 from tokenstep.infer import Report, SegmentJob, segment_files
+from tokenstep.options import (
+    Device,
+    Exits,
+    MaxLoss,
+    Merge,
+    ModelName,
+    Names,
+    Overrides,
+    Threads,
+    choose,
+    load_model,
+)
 from tokenstep.pictures import find_pictures, require_writable, write_text
 from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
-from tokenstep.segmenter import StepSegmenter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,22 +46,6 @@ app.add_typer(train_app, name="train")
 # Names of files are shown as they are, whatever rich would make of their brackets and colons.
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-
-ModelName = Annotated[
-    str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
-Merge = Annotated[
-    str | None,
-    typer.Option(help="Merge thresholds, one per superpatch size, as 0.6,0.6,0.6,0.6; 'off'."),
-]
-Exits = Annotated[
-    str | None, typer.Option(help="Exit thresholds, one per exit, as 0.95,0.9; 'off'.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Recipe values to change, as data.root=DIR.")
-]
 
 
 def main() -> None:
@@ -97,6 +90,7 @@ def segment(
     max_side: Annotated[
         int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
     ] = None,
+    max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
     device: Device = "auto",
@@ -106,11 +100,9 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
-    if dense and (merge is not None or exits is not None):
-        raise TokenstepError("--dense: switches merging and exits off; leave out --merge, --exits")
     paths, entries = _find(pictures)
-    network = _load(model, device, threads)
-    settings = DENSE if dense else _settings(network, merge, exits)
+    network = load_model(model, device, threads)
+    settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
     require_writable(out)
     for entry in entries:
         _complain(entry["error"])
@@ -122,10 +114,13 @@ def segment(
             entries.append(entry)
             if "error" in entry:
                 _complain(entry["error"])
-    write_text(out / "report.json", _json({"images": entries}) + "\n")
+    report = {"settings": asdict(settings), "point": point and asdict(point), "images": entries}
+    write_text(out / "report.json", _json(report) + "\n")
     done = [entry for entry in entries if "error" not in entry]
     if done:
         console.print(tables.segmented(done))
+        if point is not None:
+            print(tables.promise(point))
         print(f"results in {out}")
     if len(done) < len(entries):
         raise typer.Exit(1)
@@ -146,13 +141,12 @@ def evaluate_command(
     data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    names: Annotated[
-        list[str] | None, typer.Option(help="Patterns of picture names; '!' before one excludes.")
-    ] = None,
+    names: Names = None,
     partition: Annotated[str, typer.Option(help=f"One of {', '.join(PARTITIONS)}.")] = "policy",
     tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="Impurity that the oracle lets pass.")
     ] = 0.0,
+    max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
     json_file: Annotated[
@@ -171,18 +165,54 @@ def evaluate_command(
             raise TokenstepError(f"--json {json_file}: is a folder; name a file in it")
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
-    network = _load(model, device, threads)
-    comparison = Comparison(_settings(network, merge, exits), source, tolerance)
+    network = load_model(model, device, threads)
+    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    comparison = Comparison(settings, source, tolerance)
     with _progress() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         found = evaluate(network, folder, comparison, on_picture=lambda: progress.advance(task))
-    report = {"model": model, "data": data.resolve().name, "split": split, **found}
+    of = {"model": model, "data": data.resolve().name, "split": split}
+    report = {**of, **found, "point": point and asdict(point)}
     if printed:
         print(_json(report))
         return
     if json_file is not None:
         write_text(json_file, _json(report) + "\n")
     console.print(tables.evaluated(report))
+
+
+@app.command("calibrate")
+def calibrate_command(
+    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibrated model.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="Never the one to report on.")] = "val",
+    names: Names = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Search the thresholds that cost least for what they lose, and store them in the model.
+
+    Killed, it goes on where it was when the same command is given again.
+    """
+    require_writable(out)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    with _progress() as progress:
+        tasks = {name: progress.add_task(name, total=None) for name in ("search", "confirm")}
+        found = calibrate(
+            network,
+            folder,
+            out / "calibration.notes.json",
+            progress=lambda stage, done, total: progress.update(
+                tasks[stage], completed=done, total=total
+            ),
+        )
+    network.save_pretrained(out)
+    report = {"model": model, "data": data.resolve().name, **found}
+    write_text(out / "calibration.json", _json(report) + "\n")
+    console.print(tables.calibrated(report))
+    print(f"saved to {out}; try: tokenstep evaluate --model {out} --data DIR --max-loss 0.5")
 
 
 @train_app.command("policy")
@@ -212,46 +242,6 @@ def _require_training() -> None:
     if missing:
         remedy = "install the extra: pip install 'tokenstep[train]'"
         raise TokenstepError(f"train: {' and '.join(missing)} missing; {remedy}")
-
-
-def _load(name: str, device: str, threads: int | None) -> StepSegmenter:
-    """Load a model onto a device."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    cards = range(torch.cuda.device_count())
-    known = ["cpu", *(["cuda"] if cards else []), *(f"cuda:{number}" for number in cards)]
-    if device == "auto":
-        device = "cuda" if cards else "cpu"
-    if device not in known:
-        raise TokenstepError(f"--device {device}: choose from auto, {', '.join(known)}")
-    return load(name).to(device)
-
-
-def _settings(model: StepSegmenter, merge: str | None, exits: str | None) -> Settings:
-    """The model's own settings with what the command line changes."""
-    settings = model.config.settings
-    if merge is not None:
-        sizes = model.config.policy.sizes
-        settings = replace(settings, merge=_thresholds("--merge", merge, sizes, "superpatch size"))
-    if exits is not None:
-        after = model.config.vit.exits
-        settings = replace(settings, exits=_thresholds("--exits", exits, after, "exit"))
-    model.config.check(settings)
-    return settings
-
-
-def _thresholds(option: str, text: str, of: tuple[int, ...], what: str) -> tuple[float, ...]:
-    if text == "off":
-        return ()
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise TokenstepError(f"{option} {text}: give numbers such as 0.6,0.6, or off") from error
-    if not of:
-        raise TokenstepError(f"{option} {text}: the model has no {what}; leave {option} out")
-    if len(values) != len(of):
-        raise TokenstepError(f"{option} {text}: give {len(of)} values, one per {what} {of}")
-    return values
 
 
 def _progress() -> Progress:

@@ -51,6 +51,24 @@ DENSE = Settings()
 
 
 @dataclass(frozen=True)
+class OperatingPoint:
+    """Settings with what they were measured to lose and to cost, on ``images`` of ``split``.
+
+    ``miou`` is 0 to 1, ``loss`` the points (hundredths) of mIoU below the dense model; ``gmac``
+    (all parts), ``tokens`` (at the start) and ``halted_share`` are means per picture.
+    """
+
+    settings: Settings
+    miou: float
+    loss: float
+    gmac: float
+    tokens: float
+    halted_share: float
+    split: str
+    images: int
+
+
+@dataclass(frozen=True)
 class VitConfig:
     """The ViT and what is built around it.
 
@@ -87,7 +105,9 @@ class ModelConfig:
     """Everything that a StepSegmenter is built from.
 
     Pictures are normalised by ``mean`` and ``std`` after scaling to 0..1. ``settings`` are what
-    the model runs at unless it is told otherwise.
+    the model runs at unless it is told otherwise; ``points`` are what calibration measured, cheap
+    to dear, and ``temperatures`` (one per exit, or none) what it divides the exits' logits by
+    before their confidence is taken.
     """
 
     classes: tuple[str, ...]
@@ -95,6 +115,8 @@ class ModelConfig:
     vit: VitConfig = field(default_factory=VitConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     settings: Settings = DENSE
+    points: tuple[OperatingPoint, ...] = ()
+    temperatures: tuple[float, ...] = ()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -105,7 +127,34 @@ class ModelConfig:
                 f"model: give 1 to 255 classes and one colour per class, got {len(self.classes)} "
                 f"classes and {len(self.palette)} colours"
             )
-        self.check(self.settings)
+        wanted = (0, len(self.vit.exits))
+        if len(self.temperatures) not in wanted or min(self.temperatures, default=1) <= 0:
+            raise TokenstepError(
+                f"model: give no temperature or one above 0 per exit {self.vit.exits}, got "
+                f"{self.temperatures}"
+            )
+        for settings in (self.settings, *(point.settings for point in self.points)):
+            self.check(settings)
+
+    def point_within(self, max_loss: float) -> OperatingPoint | None:
+        """The cheapest operating point that loses at most ``max_loss`` points; None for dense.
+
+        0 always means dense, even where a reduced point happened to measure better.
+
+        Raises:
+            TokenstepError: the model was not calibrated, or ``max_loss`` is negative.
+        """
+        if not max_loss >= 0:
+            raise TokenstepError(f"max_loss is {max_loss}: give 0 or more points of mIoU")
+        if max_loss == 0:
+            return None
+        if not self.points:
+            raise TokenstepError(
+                "the model has no operating points: run tokenstep calibrate on it first, or give "
+                "thresholds"
+            )
+        within = [point for point in self.points if point.loss <= max_loss]
+        return min(within, key=lambda point: point.gmac, default=None)
 
     def check(self, settings: Settings) -> None:
         """Refuse settings that do not fit this model.

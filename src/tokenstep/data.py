@@ -7,6 +7,7 @@ A labelled folder is ``root/{train,val,test}/{images/NAME.jpg,labels/NAME.png}``
 from __future__ import annotations
 
 import colorsys
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,15 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self.paths)
+
+    def thinned(self, count: int) -> LabelledFolder:
+        """The same with at most `count` pictures, evenly spread over the folder."""
+        kept = np.unique(np.linspace(0, len(self) - 1, max(count, 1)).round().astype(int))
+        thin = copy.copy(self)
+        thin.paths = [self.paths[index] for index in kept]
+        thin.labels = [self.labels[index] for index in kept]
+        thin._cache = None if self._cache is None else {}
+        return thin
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All items in order."""

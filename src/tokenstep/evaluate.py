@@ -4,16 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
-from tokenstep.errors import TokenstepError
-from tokenstep.metrics import Tally
+from tokenstep.measure import Measured, require_same_classes
 from tokenstep.model import superpatches
-from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.transforms import to_float
 
@@ -35,50 +32,6 @@ class Comparison:
     seed: int = 0
 
 
-class Half:
-    """Sums of one half of the comparison, dense or reduced."""
-
-    def __init__(self, classes: int) -> None:
-        self.tally = Tally(classes)
-        self.results: list[dict[str, float]] = []
-
-    def add(self, result: Result, label: Tensor) -> None:
-        """Count one picture."""
-        self.tally.add(torch.from_numpy(result.labels), label)
-        self.results.append(
-            {
-                "grid": result.tokens.grid,
-                "start": result.tokens.start,
-                "end": result.tokens.end,
-                "halted": sum(result.tokens.halted.values()),
-                "gmac": result.cost.total,
-                "policy": result.cost.policy,
-                "seconds": sum(result.milliseconds.values()) / 1000,
-            }
-        )
-
-    def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Scores from 0 to 1, None where nothing defines one; the rest as means per picture."""
-        scores = self.tally.scores()
-        column = {key: np.array([row[key] for row in self.results]) for key in self.results[0]}
-        mean = {key: float(values.mean()) for key, values in column.items()}
-        return {
-            "miou": scores.miou,
-            "iou": dict(zip(names, scores.iou, strict=True)),
-            "accuracy": scores.accuracy,
-            "boundary_iou": scores.boundary_iou,
-            "tokens": {
-                "grid": mean["grid"],
-                "start": mean["start"],
-                "end": mean["end"],
-                "p95": float(np.percentile(column["start"], 95)),
-            },
-            "halted_share": mean["halted"] / mean["start"],
-            "gmac": {"total": mean["gmac"], "policy": mean["policy"]},
-            "seconds": mean["seconds"],
-        }
-
-
 def evaluate(
     model: StepSegmenter,
     folder: LabelledFolder,
@@ -97,14 +50,10 @@ def evaluate(
         TokenstepError: the folder's classes are not the model's, a file cannot be read, or no
             pixel has a label.
     """
+    require_same_classes(model, folder)
     names = model.config.classes
-    if folder.classes.names != names:
-        raise TokenstepError(
-            f"{folder.root}: has the classes {', '.join(folder.classes.names)} but the model was "
-            f"trained for {', '.join(names)}; use a model trained for this data"
-        )
-    halves = {"dense": Half(len(names))} if dense else {}
-    halves["reduced"] = Half(len(names))
+    halves = {"dense": Measured(len(names))} if dense else {}
+    halves["reduced"] = Measured(len(names))
     generator = torch.Generator().manual_seed(comparison.seed)
     for image, label in folder:
         if dense:

@@ -178,7 +178,10 @@ class StepNetwork(nn.Module):
         tokens = self.tokenise(normal, level, context)
         reducers = list(observers)
         if settings.exits:
-            reducers.append(EarlyPruning(self.exits, settings.exits, settings.spare))
+            temperatures = self.config.temperatures
+            reducers.append(
+                EarlyPruning(self.exits, settings.exits, settings.spare, temperatures=temperatures)
+            )
         tokens, live = self.encoder(tokens, reducers)
         logits = self.decoder(tokens)
         halted = tokens.halted.logits if tokens.halted is not None else None

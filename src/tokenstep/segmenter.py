@@ -14,7 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor
 
 from tokenstep import cost
-from tokenstep.config import ModelConfig, Settings, from_dict
+from tokenstep.config import DENSE, ModelConfig, Settings, from_dict
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
 from tokenstep.model.superpatches import token_counts
@@ -44,17 +44,29 @@ class StepSegmenter(
 
     @torch.inference_mode()
     def segment(
-        self, pictures: Picture | Sequence[Picture], *, settings: Settings | None = None
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        settings: Settings | None = None,
+        max_loss: float | None = None,
     ) -> Result | list[Result]:
         """Segment one picture, or a list of them as one batch; sizes may differ.
 
         A picture is a path, a PIL image, an ``(H, W, 3)`` uint8 array, or a ``(3, H, W)`` tensor
         (uint8, or float in 0..1). One picture gives a :class:`Result`, a list gives a list.
-        ``settings`` default to the model's own; ``Settings()`` is the dense model.
+        ``settings`` default to the model's own; ``Settings()`` is the dense model. ``max_loss``
+        takes the cheapest operating point that was measured to lose at most so many points of
+        mIoU instead; 0 is dense.
 
         Raises:
-            TokenstepError: a picture cannot be read, or the logits are not finite.
+            TokenstepError: a picture cannot be read, the logits are not finite, or the model has
+                no operating points to choose from.
         """
+        if max_loss is not None:
+            if settings is not None:
+                raise TokenstepError("give settings or max_loss, not both")
+            point = self.config.point_within(max_loss)
+            settings = DENSE if point is None else point.settings
         if isinstance(pictures, Sequence) and not isinstance(pictures, str):
             return self.segment_batch(pictures, settings=settings)
         return self.segment_batch([pictures], settings=settings)[0]

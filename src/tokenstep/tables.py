@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from tokenstep.config import OperatingPoint
+
 _MODEL = ("prepare", "policy", "encode", "decode")  # the stages that are the model's own
 
 
@@ -51,3 +53,32 @@ def evaluated(report: dict[str, Any]) -> Table:
         values = (pick(report[half]) for half in ("dense", "reduced"))
         table.add_row(label, *("-" if v is None else f"{v:.{digits}f}" for v in values))
     return table
+
+
+def calibrated(report: dict[str, Any]) -> Table:
+    """The operating points of a calibration, cheap to dear, and the dense model below them."""
+    table = Table("points lost", "mIoU", "GMAC", "tokens", "halted", "merge", "exits", "spare")
+    for point in report["points"]:
+        settings = point["settings"]
+        table.add_row(
+            f"{point['loss']:.2f}",
+            f"{point['miou']:.4f}",
+            f"{point['gmac']:.2f}",
+            f"{point['tokens']:.0f}",
+            f"{point['halted_share']:.2f}",
+            " ".join(f"{bar:g}" for bar in settings["merge"]) or "off",
+            " ".join(f"{bar:g}" for bar in settings["exits"]) or "off",
+            str(settings["spare"]),
+        )
+    dense = report["dense"]
+    cost, tokens = f"{dense['gmac']['total']:.2f}", f"{dense['tokens']['start']:.0f}"
+    table.add_row("dense", f"{dense['miou']:.4f}", cost, tokens, "0", "off", "off", "-")
+    return table
+
+
+def promise(point: OperatingPoint) -> str:
+    """What an operating point was measured to lose, on what."""
+    return (
+        f"operating point: {point.loss:.2f} points of mIoU lost and {point.gmac:.2f} GMAC per "
+        f"picture on {point.images} pictures of {point.split}"
+    )

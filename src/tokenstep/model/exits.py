@@ -49,10 +49,18 @@ class EarlyPruning:
     """The reducer of STEP's second half: halts sure tokens at the exits.
 
     ``thresholds`` holds one confidence per exit; ``spare`` is how many of the surest tokens of
-    each predicted class stay in each picture as context although they passed.
+    each predicted class stay in each picture as context although they passed. ``temperatures``
+    (one per exit, or none) make the confidence honest.
     """
 
-    def __init__(self, exits: ExitHeads, thresholds: Sequence[float], spare: int) -> None:
+    def __init__(
+        self,
+        exits: ExitHeads,
+        thresholds: Sequence[float],
+        spare: int,
+        *,
+        temperatures: Sequence[float] = (),
+    ) -> None:
         if len(thresholds) != len(exits.after):
             raise ValueError(
                 f"one threshold per exit: the model has exits after blocks {exits.after}, "
@@ -61,6 +69,7 @@ class EarlyPruning:
         self.exits = exits
         self.thresholds = tuple(thresholds)
         self.spare = spare
+        self.temperatures = tuple(temperatures) or (1.0,) * len(self.thresholds)
 
     def __call__(self, tokens: PackedTokens, blocks_run: int) -> Halt | None:
         """Halt what is sure after ``blocks_run`` blocks, if there is an exit."""
@@ -68,7 +77,7 @@ class EarlyPruning:
             return None
         index = self.exits.after.index(blocks_run)
         logits = self.exits(tokens.x, index)
-        confidence, predicted = confidence_of(logits)
+        confidence, predicted = confidence_of(logits / self.temperatures[index])
         # "not below" rather than "above": NaN halts, so that it is found in the final logits.
         passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
         return Halt(passed & ~self.spared(tokens, confidence, predicted, passed), logits)

@@ -1,0 +1,240 @@
+"""Calibrate a model on a labelled split: honest exits, then operating points from a search.
+
+An operating point says what its settings were measured to lose and to cost. The search measures
+combinations of merge and exit thresholds on a sample, and the best of them on the whole split.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.data import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.measure import measure, require_same_classes
+from tokenstep.model.superpatches import padded_labels, purity
+from tokenstep.pictures import write_text
+from tokenstep.reliability import fit_exits
+from tokenstep.segmenter import StepSegmenter
+from tokenstep.transforms import to_float
+
+Measure = Callable[[Settings, LabelledFolder], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What calibration tries.
+
+    ``prices`` are impure patches that a superpatch may bring to be worth its saving, one set of
+    merge thresholds each; ``bars`` are confidences at which tokens halt; ``spares`` how many of
+    each class stay. All combinations are measured on ``sample`` pictures and at most ``confirm``
+    of them on all.
+    """
+
+    prices: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    bars: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.98)
+    spares: tuple[int, ...] = (5,)
+    sample: int = 20
+    confirm: int = 14
+
+
+def calibrate(
+    model: StepSegmenter,
+    folder: LabelledFolder,
+    notes: Path,
+    *,
+    search: Search | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Give ``model`` temperatures and operating points measured on ``folder``; returns a report.
+
+    Every measurement is kept in the file ``notes``, so that a killed calibration of the same
+    weights on the same pictures goes on where it was. The model's own settings become the
+    cheapest point within 0.5 points of loss.
+
+    Raises:
+        TokenstepError: the folder's classes are not the model's, a file cannot be read, or
+            ``notes`` is no file of this program.
+    """
+    search = search or Search()
+    require_same_classes(model, folder)
+    model.config = dataclasses.replace(model.config, points=(), temperatures=())
+    thin = folder.thinned(search.sample)
+    merges = merge_thresholds(model, thin, search.prices) if model.config.policy.sizes else []
+    found = fit_exits(model, thin, merges[len(merges) // 2]) if model.exits.after else {}
+    model.config = dataclasses.replace(
+        model.config, temperatures=tuple(one["temperature"] for one in found.values())
+    )
+    diary = Diary(notes, model)
+
+    tried = combinations(merges, len(model.exits.after), search)
+    rough = []
+    for index, settings in enumerate(tried):
+        progress("search", index, len(tried))
+        rough.append((settings, diary.measure(settings, thin)))
+    chosen = spread(front(rough), search.confirm)
+    exact = []
+    for index, settings in enumerate([DENSE, *chosen]):
+        progress("confirm", index, len(chosen) + 1)
+        exact.append((settings, diary.measure(settings, folder)))
+    dense = exact[0][1]
+    split = folder.paths[0].parent.parent.name
+    points = [
+        operating_point(settings, report, dense, split=split, images=len(folder))
+        for settings, report in exact[1:]
+        if settings in front(exact)
+    ]
+    points.sort(key=lambda point: point.gmac)
+    model.config = dataclasses.replace(model.config, points=tuple(points), settings=DENSE)
+    if points:
+        best = model.config.point_within(0.5)
+        own = DENSE if best is None else best.settings
+        model.config = dataclasses.replace(model.config, settings=own)
+    return {
+        "split": split,
+        "images": len(folder),
+        "search": dataclasses.asdict(search),
+        "exits": found,
+        "dense": dense,
+        "points": [dataclasses.asdict(point) for point in points],
+    }
+
+
+class Diary:
+    """Measurements of one model, kept in a JSON file as they are made."""
+
+    def __init__(self, path: Path, model: StepSegmenter) -> None:
+        self.path = path
+        self.model = model
+        digest = hashlib.sha256(json.dumps(model.config.temperatures).encode())
+        for value in model.state_dict().values():
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        self.owner = digest.hexdigest()[:16]
+        self.entries: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                read = json.loads(path.read_text())
+                self.entries = read["entries"] if read["model"] == self.owner else {}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise TokenstepError(f"{path}: is no calibration diary; remove it") from error
+
+    def measure(self, settings: Settings, folder: LabelledFolder) -> dict[str, Any]:
+        """The report of ``settings`` on ``folder``: read if it is there, else measured."""
+        names = ",".join(str(path) for path in folder.paths)
+        pictures = hashlib.sha256(names.encode()).hexdigest()[:16]
+        key = json.dumps([pictures, dataclasses.asdict(settings)])
+        if key not in self.entries:
+            self.entries[key] = measure(self.model, folder, settings)
+            text = json.dumps({"model": self.owner, "entries": self.entries}, indent=1)
+            write_text(self.path, text + "\n")
+        report: dict[str, Any] = self.entries[key]
+        return report
+
+
+def combinations(merges: Sequence[tuple[float, ...]], exits: int, search: Search) -> list[Settings]:
+    """All settings to try but the dense ones: every merging with every way to halt.
+
+    A way to halt is one bar for the last 1, 2, ... all exits; a bar of 1 never lets halt.
+    """
+    halts = [((), 0)] + [
+        ((1.0,) * idle + (bar,) * (exits - idle), spare)
+        for idle in range(exits)
+        for bar in search.bars
+        for spare in search.spares
+    ]
+    every = [Settings(merge, bars, spare) for merge in ((), *merges) for bars, spare in halts]
+    return [settings for settings in dict.fromkeys(every) if settings.merge or settings.exits]
+
+
+@torch.inference_mode()
+def merge_thresholds(
+    model: StepSegmenter, folder: LabelledFolder, prices: Sequence[float]
+) -> list[tuple[float, ...]]:
+    """For each price the merge thresholds, one per size, at which merging pays most.
+
+    Taking a superpatch instead of its four quarters saves three tokens whatever its size, but
+    what is impure in it grows with its area. So for each size the threshold is that at which
+    ``price`` minus the impure patches, summed over all superpatches taken, is largest.
+    """
+    device = next(model.parameters()).device
+    sizes, classes = model.config.policy.sizes, len(model.config.classes)
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sizes]
+    for image, label in folder:
+        ((_, sight),) = model.look(model.normalise([to_float(image).to(device)])).groups
+        full = padded_labels(label[None], model.patch)
+        for row, (size, score) in enumerate(zip(sizes, model.scores(sight), strict=True)):
+            share = purity(full, size * model.patch, classes)
+            seen[row].append((score.cpu().flatten(), (1 - share).flatten() * size**2))
+    thresholds = []
+    for price in prices:
+        bars = []
+        for pairs in seen:
+            scores = torch.cat([score for score, _ in pairs])
+            impure = torch.cat([patches for _, patches in pairs])
+            bars.append(best_threshold(scores, price - impure))
+        thresholds.append(tuple(bars))
+    return thresholds
+
+
+def best_threshold(scores: Tensor, gains: Tensor) -> float:
+    """The threshold above which the ``gains (N,)`` of ``scores (N,)`` sum to the most; 1 for none.
+
+    It lies halfway between the last score that is taken and the next.
+    """
+    if not len(scores):
+        return 1.0
+    order = scores.argsort(descending=True)
+    total = gains[order].double().cumsum(0)
+    best = int(total.argmax())
+    if total[best] <= 0:
+        return 1.0
+    below = scores[order[best + 1]] if best + 1 < len(order) else torch.zeros(())
+    return round(float((scores[order[best]] + below) / 2), 4)
+
+
+def front(measured: Sequence[tuple[Settings, dict[str, Any]]]) -> list[Settings]:
+    """The settings that no others beat in both mIoU and GMAC, cheap to dear."""
+    kept = []
+    best = -1.0
+    for settings, report in sorted(
+        measured, key=lambda one: (one[1]["gmac"]["total"], -one[1]["miou"])
+    ):
+        if report["miou"] > best:
+            best = report["miou"]
+            kept.append(settings)
+    return kept
+
+
+def spread(settings: Sequence[Settings], most: int) -> list[Settings]:
+    """At most ``most`` of a front, evenly along it, with both ends."""
+    count = min(most, len(settings))
+    places = torch.linspace(0, len(settings) - 1, count).round().long().tolist()
+    return [settings[place] for place in places]
+
+
+def operating_point(
+    settings: Settings,
+    report: dict[str, Any],
+    dense: dict[str, Any],
+    *,
+    split: str,
+    images: int,
+) -> OperatingPoint:
+    """What was measured of ``settings``, beside the dense model on the same pictures."""
+    return OperatingPoint(
+        settings=settings,
+        miou=round(report["miou"], 5),
+        loss=round(100 * (dense["miou"] - report["miou"]), 3),
+        gmac=round(report["gmac"]["total"], 4),
+        tokens=round(report["tokens"]["start"], 1),
+        halted_share=round(report["halted_share"], 4),
+        split=split,
+        images=images,
+    )

@@ -1,0 +1,106 @@
+"""Options that several commands share, and what they stand for."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+import typer
+
+from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.errors import TokenstepError
+from tokenstep.hub import load
+from tokenstep.segmenter import StepSegmenter
+
+ModelName = Annotated[
+    str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+Merge = Annotated[
+    str | None,
+    typer.Option(help="Merge thresholds, one per superpatch size, as 0.6,0.6,0.6,0.6; 'off'."),
+]
+Exits = Annotated[
+    str | None, typer.Option(help="Exit thresholds, one per exit, as 0.95,0.9; 'off'.")
+]
+Names = Annotated[
+    list[str] | None, typer.Option(help="Patterns of picture names; '!' before one excludes.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Recipe values to change, as data.root=DIR.")
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Points of mIoU that may be lost, as calibrated; 0 is dense. Else the model's own.",
+    ),
+]
+
+
+def load_model(name: str, device: str, threads: int | None) -> StepSegmenter:
+    """Load a model onto a device."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cards = range(torch.cuda.device_count())
+    known = ["cpu", *(["cuda"] if cards else []), *(f"cuda:{number}" for number in cards)]
+    if device == "auto":
+        device = "cuda" if cards else "cpu"
+    if device not in known:
+        raise TokenstepError(f"--device {device}: choose from auto, {', '.join(known)}")
+    return load(name).to(device)
+
+
+def choose(
+    model: StepSegmenter,
+    *,
+    dense: bool = False,
+    max_loss: float | None = None,
+    merge: str | None = None,
+    exits: str | None = None,
+) -> tuple[Settings, OperatingPoint | None]:
+    """The settings that the options ask for, and the operating point that they are, if one.
+
+    Raises:
+        TokenstepError: the options contradict each other or do not fit the model.
+    """
+    by_hand = merge is not None or exits is not None
+    if dense and (by_hand or max_loss is not None):
+        raise TokenstepError("--dense: leave out --max-loss, --merge and --exits")
+    if max_loss is not None and by_hand:
+        raise TokenstepError("--max-loss: chooses the thresholds; leave out --merge and --exits")
+    if dense:
+        return DENSE, None
+    if max_loss is not None:
+        point = model.config.point_within(max_loss)
+        return (DENSE, None) if point is None else (point.settings, point)
+    settings = _by_hand(model, merge, exits)
+    known = (point for point in model.config.points if point.settings == settings)
+    return settings, next(known, None)
+
+
+def _by_hand(model: StepSegmenter, merge: str | None, exits: str | None) -> Settings:
+    """The model's own settings with what the command line changes."""
+    settings = model.config.settings
+    if merge is not None:
+        sizes = model.config.policy.sizes
+        settings = replace(settings, merge=_thresholds("--merge", merge, sizes, "superpatch size"))
+    if exits is not None:
+        after = model.config.vit.exits
+        settings = replace(settings, exits=_thresholds("--exits", exits, after, "exit"))
+    model.config.check(settings)
+    return settings
+
+
+def _thresholds(option: str, text: str, of: tuple[int, ...], what: str) -> tuple[float, ...]:
+    if text == "off":
+        return ()
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise TokenstepError(f"{option} {text}: give numbers such as 0.6,0.6, or off") from error
+    if not of:
+        raise TokenstepError(f"{option} {text}: the model has no {what}; leave {option} out")
+    if len(values) != len(of):
+        raise TokenstepError(f"{option} {text}: give {len(of)} values, one per {what} {of}")
+    return values
