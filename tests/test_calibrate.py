@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,15 @@ from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
-from tokenstep.measure import measure
+from tokenstep.measure import Run
+from tokenstep.measure import measure as measure_runs
 from tokenstep.segmenter import StepSegmenter
+
+
+def measure(model: StepSegmenter, folder: LabelledFolder, settings: Settings) -> dict[str, Any]:
+    """The report of one run."""
+    return measure_runs(model, folder, [Run(settings)])[0]
+
 
 SEARCH = Search(prices=(0.5, 2.0), bars=(0.35, 0.4), sample=2, confirm=6)
 
@@ -130,13 +138,13 @@ def test_a_killed_calibration_goes_on(
     calls = 0
 
     def counted(
-        model: StepSegmenter, folder: LabelledFolder, settings: Settings
-    ) -> dict[str, object]:
+        model: StepSegmenter, folder: LabelledFolder, runs: list[Run]
+    ) -> list[dict[str, Any]]:
         nonlocal calls
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return measure(model, folder, settings)
+        return measure_runs(model, folder, runs)
 
     monkeypatch.setattr(module, "measure", counted)
     with pytest.raises(KeyboardInterrupt):

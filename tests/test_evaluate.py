@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
-from tokenstep.evaluate import PARTITIONS, Comparison, Partition, evaluate
+from tokenstep.evaluate import evaluate
+from tokenstep.measure import PARTITIONS, Partition, Run
 from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
 from tokenstep.model.policy import Sight
@@ -37,7 +38,7 @@ def model(tiny_model: TinyModel) -> StepSegmenter:
 def levels_of(
     model: StepSegmenter,
     folder: LabelledFolder,
-    comparison: Comparison,
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[Tensor]:
     """The partitions that the reduced half of an evaluation really ran."""
@@ -52,7 +53,7 @@ def levels_of(
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode", encode)
-        evaluate(model, folder, comparison, dense=False)
+        evaluate(model, folder, run, dense=False)
     return seen
 
 
@@ -60,8 +61,8 @@ def test_the_report_is_complete_and_plain_json(
     model: StepSegmenter, folder: LabelledFolder
 ) -> None:
     seen: list[None] = []
-    comparison = Comparison(MERGED, tolerance=0.1)
-    found = evaluate(model, folder, comparison, on_picture=lambda: seen.append(None))
+    run = Run(MERGED, tolerance=0.1)
+    found = evaluate(model, folder, run, on_picture=lambda: seen.append(None))
     assert len(seen) == found["images"] == len(SIZES)
     assert json.loads(json.dumps(found, allow_nan=False))["settings"] == {
         "merge": [0.4, 0.4],
@@ -70,6 +71,7 @@ def test_the_report_is_complete_and_plain_json(
         "partition": "policy",
         "tolerance": 0.1,
         "seed": 0,
+        "scale": 1.0,
     }
     for half in (found["dense"], found["reduced"]):
         assert set(half) == {
@@ -89,7 +91,7 @@ def test_the_report_is_complete_and_plain_json(
 
 
 def test_scores_come_from_one_summed_count(model: StepSegmenter, folder: LabelledFolder) -> None:
-    found = evaluate(model, folder, Comparison(MERGED))
+    found = evaluate(model, folder, Run(MERGED))
     for half, settings in (("dense", DENSE), ("reduced", MERGED)):
         tally, starts, costs = Tally(len(CLASSES)), [], []
         for image, label in folder:
@@ -109,15 +111,15 @@ def test_scores_come_from_one_summed_count(model: StepSegmenter, folder: Labelle
 def test_the_dense_half_spends_nothing_on_policy_and_exits(
     model: StepSegmenter, folder: LabelledFolder
 ) -> None:
-    found = evaluate(model, folder, Comparison(MERGED))
+    found = evaluate(model, folder, Run(MERGED))
     dense, reduced = found["dense"], found["reduced"]
     assert dense["gmac"]["policy"] == dense["halted_share"] == 0 < reduced["gmac"]["policy"]
     assert dense["tokens"]["end"] == dense["tokens"]["grid"] == reduced["tokens"]["grid"]
     assert reduced["tokens"]["start"] < dense["tokens"]["start"]
-    alike = evaluate(model, folder, Comparison(DENSE))
+    alike = evaluate(model, folder, Run(DENSE))
     for key in ("miou", "iou", "accuracy", "boundary_iou", "tokens", "gmac"):
         assert alike["dense"][key] == alike["reduced"][key] == dense[key]
-    assert "dense" not in evaluate(model, folder, Comparison(DENSE), dense=False)
+    assert "dense" not in evaluate(model, folder, Run(DENSE), dense=False)
 
 
 def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: StepSegmenter) -> None:
@@ -125,7 +127,7 @@ def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: StepSegment
         model.decoder.linear.bias.view(-1, len(CLASSES))[:, 0] = 1e4
     root = labelled_folder(tmp_path / "set", CLASSES, [(8, 16)])
     Image.new("L", (16, 8), 0).save(root / "test" / "labels" / "p0.png")
-    half = evaluate(model, LabelledFolder(root, "test"), Comparison(DENSE))["reduced"]
+    half = evaluate(model, LabelledFolder(root, "test"), Run(DENSE))["reduced"]
     assert half["iou"] == {"road": 1.0, "tree": None, "sky": None}
     assert half["miou"] == half["accuracy"] == 1 and half["boundary_iou"] is None
 
@@ -135,8 +137,8 @@ def test_oracle_takes_what_is_pure_by_the_labels(
 ) -> None:
     counts = []
     for tolerance in (0.0, 0.3, 1.0):
-        comparison = Comparison(MERGED, "oracle", tolerance)
-        levels = levels_of(model, folder, comparison, monkeypatch)
+        run = Run(MERGED, "oracle", tolerance)
+        levels = levels_of(model, folder, run, monkeypatch)
         counts.append(sum(int(superpatches.token_counts(level)) for level in levels))
         for (_, label), level in zip(folder, levels, strict=True):
             sides = {"patch": 8, "sizes": (2, 4), "classes": len(CLASSES)}
@@ -148,7 +150,7 @@ def test_oracle_takes_what_is_pure_by_the_labels(
 def test_uniform_merges_nothing(
     model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for level in levels_of(model, folder, Comparison(MERGED, "uniform"), monkeypatch):
+    for level in levels_of(model, folder, Run(MERGED, "uniform"), monkeypatch):
         assert not level.any()
 
 
@@ -165,8 +167,7 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
     monkeypatch.setattr(model, "scores", top_left)
 
     def run(partition: Partition, seed: int = 0) -> list[Tensor]:
-        comparison = Comparison(MERGED, partition, seed=seed)
-        return levels_of(model, folder, comparison, monkeypatch)
+        return levels_of(model, folder, Run(MERGED, partition, seed=seed), monkeypatch)
 
     learned, drawn, again, other = run("policy"), run("random"), run("random"), run("random", 1)
     for policy, random in zip(learned, drawn, strict=True):
@@ -181,7 +182,7 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
 def test_only_the_policy_is_charged_for(
     model: StepSegmenter, folder: LabelledFolder, partition: Partition
 ) -> None:
-    gmac = evaluate(model, folder, Comparison(MERGED, partition))["reduced"]["gmac"]
+    gmac = evaluate(model, folder, Run(MERGED, partition))["reduced"]["gmac"]
     assert (gmac["policy"] > 0) == (partition == "policy")
     assert gmac["total"] > gmac["policy"]
 
@@ -189,7 +190,7 @@ def test_only_the_policy_is_charged_for(
 def test_other_classes_are_refused(tmp_path: Path, model: StepSegmenter) -> None:
     root = labelled_folder(tmp_path / "set", ("road", "tree", "water"), SIZES)
     data = LabelledFolder(root, "test")
-    message = told(root, lambda _: evaluate(model, data, Comparison(MERGED)))
+    message = told(root, lambda _: evaluate(model, data, Run(MERGED)))
     assert "water" in message and "sky" in message
 
 
@@ -198,7 +199,7 @@ def test_partitions_follow_the_model_to_its_device(
     model: StepSegmenter, folder: LabelledFolder
 ) -> None:
     for partition in PARTITIONS:
-        comparison = Comparison(MERGED, partition)
-        there = evaluate(model.cuda(), folder, comparison)["reduced"]
-        here = evaluate(model.cpu(), folder, comparison)["reduced"]
+        run = Run(MERGED, partition)
+        there = evaluate(model.cuda(), folder, run)["reduced"]
+        here = evaluate(model.cpu(), folder, run)["reduced"]
         assert there["tokens"]["start"] == pytest.approx(here["tokens"]["start"], rel=0.05)

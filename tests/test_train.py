@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from tokenstep.config import PolicyConfig, Settings, VitConfig
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.evaluate import Comparison, evaluate
+from tokenstep.evaluate import evaluate
 from tokenstep.hub import load
 from tokenstep.loop import PhaseModule, Stream
+from tokenstep.measure import Run
 from tokenstep.model.policy import Policy
 from tokenstep.recipes import DataConfig, Phase, PolicyRecipe, SegmenterRecipe, TrainerConfig
 from tokenstep.train import SegmenterModule, train_policy, train_segmenter
@@ -98,7 +99,7 @@ def test_a_trained_segmenter_is_right_and_merges(drawn: Path, policy: Path, tmp_
         assert torch.equal(value, frozen[name]), name
     settings = model.config.settings
     test = LabelledFolder(drawn, "test")
-    report = evaluate(model, test, Comparison(settings))
+    report = evaluate(model, test, Run(settings))
     for half in ("dense", "reduced"):
         assert report[half]["miou"] > 0.6, half  # guessing one class gives less than 0.3
     assert report["reduced"]["tokens"]["start"] < 0.8 * report["dense"]["tokens"]["start"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.measure import measure, require_same_classes
+from tokenstep.measure import Run, measure
 from tokenstep.model.superpatches import padded_labels, purity
 from tokenstep.pictures import write_text
 from tokenstep.reliability import fit_exits
@@ -64,7 +64,6 @@ def calibrate(
             ``notes`` is no file of this program.
     """
     search = search or Search()
-    require_same_classes(model, folder)
     model.config = dataclasses.replace(model.config, points=(), temperatures=())
     thin = folder.thinned(search.sample)
     merges = merge_thresholds(model, thin, search.prices) if model.config.policy.sizes else []
@@ -131,7 +130,7 @@ class Diary:
         pictures = hashlib.sha256(names.encode()).hexdigest()[:16]
         key = json.dumps([pictures, dataclasses.asdict(settings)])
         if key not in self.entries:
-            self.entries[key] = measure(self.model, folder, settings)
+            (self.entries[key],) = measure(self.model, folder, [Run(settings)])
             text = json.dumps({"model": self.owner, "entries": self.entries}, indent=1)
             write_text(self.path, text + "\n")
         report: dict[str, Any] = self.entries[key]

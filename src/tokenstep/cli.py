@@ -18,8 +18,9 @@ from tokenstep import __version__, tables
 from tokenstep.calibrate import calibrate
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.evaluate import PARTITIONS, Comparison, evaluate
+from tokenstep.evaluate import evaluate
 from tokenstep.infer import Report, SegmentJob, segment_files
+from tokenstep.measure import PARTITIONS, Run
 from tokenstep.options import (
     Device,
     Exits,
@@ -167,10 +168,10 @@ def evaluate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    comparison = Comparison(settings, source, tolerance)
+    run = Run(settings, source, tolerance)
     with _progress() as progress:
         task = progress.add_task("evaluate", total=len(folder))
-        found = evaluate(network, folder, comparison, on_picture=lambda: progress.advance(task))
+        found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
     of = {"model": model, "data": data.resolve().name, "split": split}
     report = {**of, **found, "point": point and asdict(point)}
     if printed:
