@@ -52,6 +52,12 @@ def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedToken
 def cell_logits(segmented: Segmented, index: int, grid: Grid) -> Tensor:
     """Logits of one picture of a batch on its grid of sub-cells, ``(H * s, W * s, C)``."""
     tokens = segmented.tokens
-    spread = unmerge(tokens, segmented.logits[: len(tokens.x)], segmented.level)
+    spread = unmerge(tokens, segmented.logits, segmented.level)
     side = spread.shape[1] // segmented.level.shape[1]
     return spread[index, : grid[0] * side, : grid[1] * side]
+
+
+def halt(tokens: PackedTokens, done: Tensor, logits: Tensor, layer: int) -> PackedTokens:
+    """Halt the rows of a drawn mask that are no prefix rows; ``logits`` are those of all rows."""
+    done = done & ~tokens.is_prefix
+    return tokens.halt(done, logits[done], layer)

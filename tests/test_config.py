@@ -2,11 +2,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from tokenstep.config import (
+    DENSE,
     ModelConfig,
     OperatingPoint,
     PolicyConfig,
@@ -15,7 +16,14 @@ from tokenstep.config import (
     from_dict,
 )
 from tokenstep.errors import TokenstepError
-from tokenstep.recipes import PolicyRecipe, read_recipe
+from tokenstep.recipes import (
+    DataConfig,
+    Phase,
+    PolicyRecipe,
+    SegmenterRecipe,
+    TrainerConfig,
+    read_recipe,
+)
 
 MODEL = ModelConfig(("a", "b"), ((0, 0, 0), (1, 2, 3)), VitConfig(exits=(2, 4), cells=2))
 
@@ -105,7 +113,11 @@ def test_a_model_survives_json() -> None:
     [
         {"classes": (), "palette": ()},
         {"palette": ((0, 0, 0),)},
-        {"classes": ("x",) * 256, "palette": ((0, 0, 0),) * 256},
+        {"classes": tuple(map(str, range(256))), "palette": ((0, 0, 0),) * 256},
+        {"classes": ("a", "a")},
+        {"classes": ("a", " ")},
+        {"palette": ((0, 0, 0), (0, 256, 0))},
+        {"palette": ((0, 0, 0), (0, -1, 0))},
         {"settings": Settings(merge=(0.5,))},
         {"settings": Settings(exits=(0.5, 0.5, 0.5))},
         {"settings": Settings(merge=(0.5, 0.5, 0.5, 1.5))},
@@ -124,6 +136,63 @@ def test_settings_switch_each_half_off() -> None:
     both = Settings((0.1,), (0.2,), 3)
     assert both.without_merging() == Settings((), (0.2,), 3)
     assert both.without_exits() == Settings((0.1,), (), 3)
+
+
+PHASE = Phase(steps=1, batch=1, crop=(32, 32))
+RANGES: list[tuple[Any, str, list[object]]] = [
+    (PHASE, "steps", [0, -1]),
+    (PHASE, "batch", [0, -1]),
+    (PHASE, "crop", [(0, 8), (8, -8)]),
+    (PHASE, "lr", [0.0, -1.0, float("nan"), float("inf")]),
+    (PHASE, "head_lr", [0.0, -1.0, float("nan")]),
+    (PHASE, "warmup", [-3]),
+    (PHASE, "weight_decay", [-1.0, float("nan")]),
+    (PHASE, "dense_share", [-0.1, 5.0, float("nan")]),
+    (TrainerConfig(), "devices", [0, -1]),
+    (TrainerConfig(), "save_every", [0]),
+    (TrainerConfig(), "val_every", [0]),
+    (TrainerConfig(), "val_pictures", [-1]),
+    (TrainerConfig(), "seed", [2**63]),
+    (DataConfig("here"), "workers", [-1]),
+    (DataConfig("here"), "scale", [(0.0, 1.0), (2.0, 1.0), (1.0, float("inf"))]),
+    (DataConfig("here"), "colour", [-0.1, 3.0]),
+    (PolicyConfig(), "sizes", [(2, 2)]),
+    (PolicyConfig(), "stages", [(1, 1), (2, 1), (-1, 1)]),
+    (PolicyConfig(), "width", [0, -1]),
+    (PolicyConfig(), "scale", [0.0, -2.0, float("inf"), float("nan")]),
+    (VitConfig(), "patch", [0]),
+    (VitConfig(), "depth", [-1]),
+    (VitConfig(), "image_size", [(0, 4), (-64, 64)]),
+    (VitConfig(patch=8), "image_size", [(64, 4)]),
+    (VitConfig(), "drop_path", [-0.1, 1.0, 2.0]),
+    (PolicyRecipe(DataConfig(""), (PHASE,), 8, ""), "patch", [0, -8]),
+    (PolicyRecipe(DataConfig(""), (PHASE,), 8, ""), "tolerance", [-0.1, 1.0, float("nan")]),
+    (PolicyRecipe(DataConfig(""), (PHASE,), 8, ""), "class_weight", [-1.0, float("nan")]),
+    (SegmenterRecipe(DataConfig(""), (PHASE,), "", "", DENSE), "class_balance", [float("nan")]),
+    (SegmenterRecipe(DataConfig(""), (PHASE,), "", "", DENSE), "exit_weight", [-1.0]),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "values"), RANGES, ids=lambda value: str(value)[:20])
+def test_values_out_of_range_are_named(config: Any, name: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(TokenstepError, match=name) as caught:
+            dataclasses.replace(config, **{name: value})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_crop_holds_a_superpatch() -> None:
+    policy = PolicyConfig(sizes=(4, 2))
+    for side in (9, 64):  # patches are begun, so 9 px are two of 8
+        crop = dataclasses.replace(PHASE, crop=(64, side))
+        PolicyRecipe(DataConfig(""), (crop,), 8, "", policy)
+    small = dataclasses.replace(PHASE, crop=(64, 8))
+    with pytest.raises(TokenstepError, match="crop must be 9 or more"):
+        PolicyRecipe(DataConfig(""), (PHASE, small), 8, "", policy)
+
+
+def test_pictures_are_kept_in_memory_on_request_only() -> None:
+    assert not DataConfig("here").cache
 
 
 RECIPE = """
@@ -162,6 +231,7 @@ def test_overrides_go_on_top(recipe: Path) -> None:
         "trainer.seed=3",
         "policy.sizes=[2]",
         'out="quoted"',
+        "phases.0.steps=5",
     ]
     built = read_recipe(PolicyRecipe, recipe, overrides)
     assert built.data.root == "some/folder with = signs"
@@ -169,6 +239,7 @@ def test_overrides_go_on_top(recipe: Path) -> None:
     assert built.trainer.seed == 3
     assert built.policy.sizes == (2,)
     assert built.out == "quoted"
+    assert built.phases[0].steps == 5
 
 
 @pytest.mark.parametrize(
@@ -179,6 +250,10 @@ def test_overrides_go_on_top(recipe: Path) -> None:
         ("patch=eight", "patch"),
         ("patch.size=8", "patch"),
         ("phases.steps=8", "phases"),
+        ("phases.1.steps=8", r"phases\.1"),
+        ("phases.-1.steps=8", r"phases\.-1"),
+        ("phases.0.crop.0=8", r"phases\.0\.crop"),
+        ("phases.0=8", "phases"),
     ],
 )
 def test_wrong_overrides_are_named(recipe: Path, override: str, named: str) -> None:

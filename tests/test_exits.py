@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from support import grid_tokens, scramble
 from torch import Tensor
 
+from tokenstep.model import exits as exits_module
 from tokenstep.model.exits import DeepSupervision, EarlyPruning, ExitHeads, confidence_of
 from tokenstep.tokens import PackedTokens
 
@@ -99,7 +100,7 @@ def test_it_acts_only_where_there_is_an_exit() -> None:
     # each exit has its own threshold and its own head
     assert not first.done.any()
     assert second.done.sum() == 9
-    assert not torch.allclose(first.logits, second.logits)
+    assert torch.allclose(second.logits, pruning.exits(tokens.x, 1)[second.done], atol=1e-6)
 
 
 def test_one_threshold_per_exit_is_asked_for() -> None:
@@ -169,4 +170,14 @@ def test_a_temperature_tempers_the_confidence_and_not_the_prediction() -> None:
     halt = pruning(tokens, 2)
     assert halt is not None
     assert torch.equal(halt.done, (confidence > threshold) & ~tokens.is_prefix)
-    assert torch.equal(halt.logits, heads(tokens.x, 0))
+    assert torch.allclose(halt.logits, heads(tokens.x, 0)[halt.done], atol=1e-6)
+
+
+def test_judging_in_bands_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = grid_tokens([(4, 5), (3, 3)])
+    pruning = EarlyPruning(exits(side=2), (0.5, 0.5), 1)
+    whole = pruning(tokens, 2)
+    monkeypatch.setattr(exits_module, "BAND_ROWS", 7)
+    banded = pruning(tokens, 2)
+    assert whole is not None and banded is not None
+    assert torch.equal(whole.done, banded.done) and whole.done.any()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import grid_tokens, random_partition
+from support import grid_tokens, halt, random_partition
 
 from tokenstep.losses import (
     class_weights,
@@ -125,7 +125,7 @@ def test_halted_tokens_are_counted_too() -> None:
     labels = torch.randint(0, 4, (1, 16, 24))
     whole = segmentation_loss(tokens, logits, FLAT, labels)
     done = torch.tensor([0, 1, 0, 1, 0, 0, 1]).bool()
-    halted = tokens.halt(done, logits, 1)
+    halted = halt(tokens, done, logits, 1)
     assert torch.isclose(segmentation_loss(halted, logits[~done], FLAT, labels), whole)
 
 

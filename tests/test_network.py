@@ -9,7 +9,6 @@ from support import random_partition, scramble
 
 from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings
 from tokenstep.errors import TokenstepError
-from tokenstep.model.encoder import EncoderSettings
 from tokenstep.model.exits import DeepSupervision
 from tokenstep.network import StepNetwork
 
@@ -82,19 +81,16 @@ def test_a_partition_of_another_grid_is_refused(model: StepNetwork) -> None:
         model(torch.rand(1, 3, 32, 40), level=random_partition([(5, 4)]))
 
 
-def test_observers_see_the_tokens_before_the_exits_halt_them(model: StepNetwork) -> None:
+def test_reducers_see_the_tokens_before_the_exits_halt_them(model: StepNetwork) -> None:
     watch = DeepSupervision(model.exits)
     with torch.no_grad():
-        out = model(torch.rand(1, 3, 32, 40), settings=STEP, observers=[watch])
+        out = model(torch.rand(1, 3, 32, 40), settings=STEP, reducers=[watch])
     assert [len(tokens.x) for tokens, _ in watch.seen] == [out.live[0][0], out.live[1][0]]
     assert out.live[2][0] < out.live[0][0]
 
 
-def test_a_frozen_policy_stays_in_eval_mode(tiny_model: TinyModel) -> None:
+def test_the_policy_stays_in_eval_mode(tiny_model: TinyModel) -> None:
     model = tiny_model()
-    model.train()
-    assert model.policy.training
-    model.policy.requires_grad_(False)
     model.train()
     assert model.training
     assert model.encoder.training
@@ -102,6 +98,16 @@ def test_a_frozen_policy_stays_in_eval_mode(tiny_model: TinyModel) -> None:
     before = {key: value.clone() for key, value in model.policy.state_dict().items()}
     model(torch.rand(2, 3, 40, 40), settings=STEP)
     assert all(torch.equal(before[key], value) for key, value in model.policy.state_dict().items())
+
+
+def test_the_back_end_is_chosen_for_the_decoder_too(tiny_model: TinyModel) -> None:
+    model = tiny_model(decoder="mask", size_bias=True)
+    pictures = [torch.rand(3, 40, 48), torch.rand(3, 16, 24)]
+    expected = model(pictures, settings=STEP).logits
+    model.use(backend="padded", checkpointing=True)
+    assert model.encoder.settings == model.decoder.settings
+    assert model.encoder.settings.backend == "padded" and model.encoder.settings.size_bias
+    assert torch.allclose(model(pictures, settings=STEP).logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["encoder", "exits", "decoder", "tokenise"])
@@ -165,10 +171,10 @@ def test_back_ends_agree_in_the_whole_model(model: StepNetwork) -> None:
     pictures = [torch.rand(3, 40, 40), torch.rand(3, 9, 50)]
     outs = []
     for backend in ("loop", "padded"):
-        model.encoder.settings = EncoderSettings(backend=backend)
+        model.use(backend=backend)
         with torch.no_grad():
             outs.append(model(pictures, settings=STEP).logits)
-    model.encoder.settings = EncoderSettings()
+    model.use()
     assert torch.allclose(*outs, atol=1e-4)
 
 

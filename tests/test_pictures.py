@@ -364,6 +364,23 @@ def test_a_damaged_file_behind_a_pil_image(tmp_path: Path) -> None:
         pictures.picture_tensor(image)
 
 
+def test_a_folder_that_may_be_listed_but_not_entered_has_no_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("locked", "open"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / name / "a.png")
+    stat = os.stat
+
+    def deny(path: object, **how: object) -> os.stat_result:
+        if "locked/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "stat", deny)
+    assert found_in([tmp_path]) == [tmp_path / "open" / "a.png"]
+
+
 # --- writing files ----------------------------------------------------------------------------
 
 

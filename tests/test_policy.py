@@ -99,5 +99,7 @@ def test_what_it_cannot_be_built_from_is_refused_by_name() -> None:
         Policy(PolicyConfig(sizes=()), 8)
     with pytest.raises(ValueError, match="stages"):
         Policy(PolicyConfig("test_efficientnet", stages=(1, 17)), 8)
+    with pytest.raises(ValueError, match=r"resnet18\.foo"):
+        Policy(PolicyConfig("resnet18.foo"), 8)
     with pytest.raises(ValueError, match="vit_tiny_patch16_224"):
         Policy(PolicyConfig("vit_tiny_patch16_224"), 8)

@@ -48,10 +48,10 @@ class MergeNeighbours:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a model: thresholds and observers."""
+    """One way to run a model: thresholds and reducers."""
 
     settings: Settings = DENSE
-    observers: Callable[[], Sequence[Reducer]] = lambda: ()
+    reducers: Callable[[], Sequence[Reducer]] = lambda: ()
 
 
 # Thresholds near the middle of what the scrambled tiny model gives: some pass, some do not.
@@ -60,13 +60,13 @@ WAYS = {
     "policy": Way(Settings(merge=(0.5, 0.5))),
     "exits": Way(Settings(exits=(0.5, 0.5), spare=1)),
     "exits that spare none": Way(Settings(exits=(0.4, 0.4), spare=0)),
-    "merging reducer": Way(observers=lambda: [MergeNeighbours(2)]),
+    "merging reducer": Way(reducers=lambda: [MergeNeighbours(2)]),
     "all": Way(Settings((0.5, 0.5), (0.5, 0.5), 1), lambda: [MergeNeighbours(2)]),
 }
 ZERO = {
     "policy": Way(Settings(merge=(1.0, 1.0))),
     "exits": Way(Settings(exits=(1.0, 1.0), spare=0)),
-    "merging reducer": Way(observers=lambda: [MergeNeighbours(0)]),
+    "merging reducer": Way(reducers=lambda: [MergeNeighbours(0)]),
     "all": Way(Settings((1.0, 1.0), (1.0, 1.0), 0), lambda: [MergeNeighbours(0)]),
 }
 
@@ -84,7 +84,7 @@ def pictures_of(sizes: Sizes) -> list[Tensor]:
 
 
 def run(model: StepNetwork, way: Way, pictures: Sequence[Tensor]) -> Segmented:
-    return model(pictures, settings=way.settings, observers=way.observers())
+    return model(pictures, settings=way.settings, reducers=way.reducers())
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -230,7 +230,7 @@ def test_merging_equal_rows_between_blocks_is_lossless(
     # Columns in pairs of one colour: the neighbours that merge are equal.
     stripes = torch.rand(3, 4, 1, 3, 1).expand(3, 4, 8, 3, 16).reshape(3, 32, 48)
     with torch.no_grad():
-        merged = run(model, Way(observers=lambda: [OncePerPicture()]), [stripes])
+        merged = run(model, Way(reducers=lambda: [OncePerPicture()]), [stripes])
         dense = run(model, WAYS["dense"], [stripes])
     prefix = model.tokenise.prefix_count
     assert [rows[0] - prefix for rows in merged.live] == [24, 12, 12]

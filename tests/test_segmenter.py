@@ -122,7 +122,11 @@ def test_damaged_weights_are_one_line(saved: Path, damage) -> None:
         ("colour", 1),
         ("vit", {"name": "no_such_vit"}),
         ("vit", {"name": "test_resnet"}),
+        ("vit", {"name": "test_vit.foo"}),
+        ("vit", {"name": "test_vit", "image_size": [4, 4]}),
         ("policy", {"trunk": "no_such_cnn"}),
+        ("policy", {"trunk": "resnet18.foo"}),
+        ("policy", {"trunk": "test_efficientnet", "width": -1}),
         ("settings", {"merge": [0.5]}),
     ],
 )
@@ -165,6 +169,22 @@ def test_an_unknown_name_is_answered_with_the_known_ones(name: str) -> None:
     with pytest.raises(TokenstepError, match="not known") as caught:
         load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_pictures_does_not_hide_a_shipped_model(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenstep.hub.SHIPPED", saved.parent)
+    here = tmp_path / "here"
+    (here / saved.name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    shipped = load(saved.name)
+    assert shipped.config.classes == load(saved).config.classes
+
+    own = replace(shipped.config, classes=("x", "y", "z"))
+    shipped.config = own
+    shipped.save_pretrained(here / saved.name)
+    assert load(saved.name).config.classes == own.classes, "a model in a folder goes first"
 
 
 def test_segment_takes_paths_images_arrays_and_tensors(

@@ -32,7 +32,7 @@ def tokeniser(
 
 
 def grids_of(build: Tokeniser, pictures: list[Tensor]) -> list[tuple[int, int]]:
-    return [build.grid_of(picture) for picture in pictures]
+    return [superpatches.grid_of(picture.shape[-2:], build.patch) for picture in pictures]
 
 
 def one_window(build: Tokeniser, picture: Tensor, top: int, left: int, side: int) -> Tensor:
@@ -73,7 +73,7 @@ def test_supertokens_equal_cutting_and_scaling_each_superpatch(
     with torch.no_grad():
         tokens = build(pictures, level)
         for index, picture in enumerate(pictures):
-            height, width = build.grid_of(picture)
+            height, width = superpatches.grid_of(picture.shape[-2:], build.patch)
             rows = tokens.x[tokens.offsets[index] : tokens.offsets[index + 1]]
             expected = reference(build, picture, level[index, :height, :width])
             assert torch.allclose(rows[build.prefix_count :], expected, atol=1e-4)
@@ -92,7 +92,7 @@ def test_a_picture_does_not_see_its_batch(
     with torch.no_grad():
         tokens = build(pictures, level)
         for index, picture in enumerate(pictures):
-            height, width = build.grid_of(picture)
+            height, width = superpatches.grid_of(picture.shape[-2:], build.patch)
             alone = build([picture], level[index : index + 1, :height, :width])
             rows = slice(tokens.offsets[index], tokens.offsets[index + 1])
             assert torch.allclose(tokens.x[rows], alone.x, atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import grid_tokens
+from support import grid_tokens, halt
 
 from tokenstep.tokens import PackedTokens
 
@@ -104,16 +104,21 @@ def test_halting_takes_rows_out_and_keeps_their_logits() -> None:
     tokens = grid_tokens([(1, 3), (2, 1)])
     logits = torch.randn(len(tokens.x), 1, 4)
     done = torch.tensor([True, False, True, True, False, True, False])
-    after = tokens.halt(done, logits, layer=2)
+    with pytest.raises(ValueError, match="prefix rows never halt"):
+        tokens.halt(done, logits[done], layer=2)
+    done = done & ~tokens.is_prefix
+    with pytest.raises(ValueError, match="3 rows halt"):
+        tokens.halt(done, logits, layer=2)
+    after = tokens.halt(done, logits[done], layer=2)
     assert after.halted is not None
-    assert after.anchor.tolist() == [-1, 0, -1, 9]  # prefix rows never halt
+    assert after.anchor.tolist() == [-1, 0, -1, 9]
     assert after.offsets.tolist() == [0, 2, 4]
     assert torch.equal(after.x, tokens.x[[0, 1, 4, 6]])
     assert torch.equal(after.halted.logits, logits[[2, 3, 5]])
     assert after.halted.layer.tolist() == [2, 2, 2]
     check(after)
 
-    more = after.halt(torch.tensor([False, True, False, True]), logits[:4], layer=5)
+    more = halt(after, torch.tensor([False, True, False, True]), logits[:4], layer=5)
     assert more.halted is not None
     assert more.anchor.tolist() == [-1, -1]
     assert torch.equal(more.halted.logits[:3], after.halted.logits)  # earlier ones are final
@@ -131,7 +136,7 @@ def test_merging_and_halting_in_turn_keep_the_bookkeeping(grids: list[tuple[int,
         if len(present) == len(grids):  # random_merge wants a token in every picture
             tokens = tokens.merge(random_merge(tokens))
         done = torch.rand(len(tokens.x)) < 0.4
-        tokens = tokens.halt(done, torch.randn(len(tokens.x), 1, 2), layer)
+        tokens = halt(tokens, done, torch.randn(len(tokens.x), 1, 2), layer)
         check(tokens)
 
 
@@ -140,7 +145,7 @@ def test_gradients_pass_through_merge_and_halt() -> None:
     x = tokens.x.clone().requires_grad_()
     merged = tokens.with_features(x).merge(torch.tensor([0, 1, 1, 3, 4]))
     done = torch.tensor([False, False, True, False])
-    after = merged.halt(done, merged.x.unsqueeze(1), 1)
+    after = halt(merged, done, merged.x.unsqueeze(1), 1)
     assert after.halted is not None
     (after.x.sum() + after.halted.logits.sum()).backward()
     assert x.grad is not None
@@ -153,5 +158,5 @@ def test_fields_of_different_lengths_are_refused() -> None:
         replace(tokens, x=tokens.x[1:])
     with pytest.raises(ValueError, match="owner"):
         replace(tokens, owner=tokens.owner[0])
-    with pytest.raises(ValueError, match="rows"):
-        tokens.halt(torch.zeros(2, dtype=torch.bool), torch.zeros(5, 1, 1), 1)
+    with pytest.raises(ValueError, match="done must be"):
+        tokens.halt(torch.zeros(2, dtype=torch.bool), torch.zeros(0, 1, 1), 1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import grid_tokens, random_partition
+from support import grid_tokens, halt, random_partition
 
 from tokenstep.model.supertokens import owners
 from tokenstep.model.unmerge import layer_of_cells, rows_of_cells, sub_cell_index, unmerge
@@ -29,7 +29,7 @@ def test_every_cell_takes_the_value_of_its_token(grids: list[tuple[int, int]]) -
     tokens, level = merged_tokens(grids)
     logits = torch.randn(len(tokens.x), 1, 3)
     done = torch.rand(len(tokens.x)) < 0.5
-    after = tokens.halt(done, logits, 1)
+    after = halt(tokens, done, logits, 1)
     spread = unmerge(after, torch.randn(len(after.x), 1, 3) * 0, level)
     value = {int(anchor): row for row, anchor in enumerate(tokens.anchor)}
     for index, (height, width) in enumerate(grids):
@@ -46,7 +46,7 @@ def test_every_cell_takes_the_value_of_its_token(grids: list[tuple[int, int]]) -
 @given(GRIDS)
 def test_merging_and_halting_in_any_order_lose_no_cell(grids: list[tuple[int, int]]) -> None:
     tokens, _ = merged_tokens(grids)
-    after = tokens.halt(torch.rand(len(tokens.x)) < 0.3, torch.randn(len(tokens.x), 1, 2), 1)
+    after = halt(tokens, torch.rand(len(tokens.x)) < 0.3, torch.randn(len(tokens.x), 1, 2), 1)
     rows = rows_of_cells(after)
     assert torch.equal(rows < 0, after.owner < 0)
     total = len(after.x) + (0 if after.halted is None else len(after.halted.anchor))
@@ -87,15 +87,15 @@ def test_sub_cells_of_superpatches_away_from_the_corner() -> None:
 def test_layers_tell_where_each_cell_halted() -> None:
     tokens = grid_tokens([(1, 3), (1, 2)])
     logits = torch.zeros(7, 1, 1)
-    after = tokens.halt(torch.tensor([0, 1, 0, 0, 0, 0, 1]).bool(), logits, 2)
-    after = after.halt(torch.tensor([0, 1, 0, 0, 0]).bool(), logits[:5], 5)
+    after = halt(tokens, torch.tensor([0, 1, 0, 0, 0, 0, 1]).bool(), logits, 2)
+    after = halt(after, torch.tensor([0, 1, 0, 0, 0]).bool(), logits[:5], 5)
     assert layer_of_cells(after, depth=9)[:, 0].tolist() == [[2, 5, 9], [9, 2, -1]]
 
 
 def test_gradients_reach_live_and_halted_logits() -> None:
     tokens = grid_tokens([(2, 2)])
     early = torch.randn(5, 1, 2, requires_grad=True)
-    after = tokens.halt(torch.tensor([0, 1, 0, 0, 0]).bool(), early, 1)
+    after = halt(tokens, torch.tensor([0, 1, 0, 0, 0]).bool(), early, 1)
     late = torch.randn(4, 1, 2, requires_grad=True)
     unmerge(after, late, torch.zeros(1, 2, 2, dtype=torch.int8)).sum().backward()
     assert early.grad is not None

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tokenstep import __version__, tables
 from tokenstep.calibrate import calibrate
+from tokenstep.compare import compare, figure, markdown
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import evaluate
@@ -33,7 +34,7 @@ from tokenstep.options import (
     choose,
     load_model,
 )
-from tokenstep.pictures import find_pictures, require_writable, write_text
+from tokenstep.pictures import find_pictures, require_writable, write_text, write_whole
 from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
 
 app = typer.Typer(
@@ -216,33 +217,73 @@ def calibrate_command(
     print(f"saved to {out}; try: tokenstep evaluate --model {out} --data DIR --max-loss 0.5")
 
 
+@app.command("compare")
+def compare_command(
+    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    out: Annotated[Path, typer.Option(help="Folder for compare.json, .md and .png.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    names: Names = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Another model of the same classes, run dense.")
+    ] = None,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure STEP beside what a user would do instead, all in one run: a table and a figure."""
+    _require("matplotlib", extra="plot")
+    require_writable(out)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    others = [(name, load_model(name, device, threads)) for name in also or []]
+    with _progress() as progress:
+        task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
+        rows = compare(
+            network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
+        )
+    of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
+    write_text(out / "compare.json", _json({**of, "rows": rows}) + "\n")
+    write_text(out / "compare.md", markdown(rows))
+    title = f"{model} on {of['data']} {split}, {len(folder)} pictures"
+    write_whole(out / "compare.png", lambda path: figure(rows, path, title))
+    print(markdown(rows), end="")
+
+
 @train_app.command("policy")
 def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train the policy that finds homogeneous superpatches, from label maps."""
-    _require_training()
+    _require("lightning", "tensorboard", extra="train")
+    from tokenstep.loop import is_main
     from tokenstep.train import train_policy
 
     read = read_recipe(PolicyRecipe, recipe, overrides or [])
     report = train_policy(read, progress=sys.stderr.isatty())
-    print(_json(report))
+    if is_main():
+        print(_json(report))
 
 
 @train_app.command("segmenter")
 def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train a segmenter on merged tokens, with the policy frozen."""
-    _require_training()
+    _require("lightning", "tensorboard", extra="train")
+    from tokenstep.loop import is_main
     from tokenstep.train import train_segmenter
 
     read = read_recipe(SegmenterRecipe, recipe, overrides or [])
     train_segmenter(read, progress=sys.stderr.isatty())
-    print(f"saved to {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")
+    if is_main():
+        print(f"saved to {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")
 
 
-def _require_training() -> None:
-    missing = [name for name in ("lightning", "tensorboard") if find_spec(name) is None]
+def _require(*packages: str, extra: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        remedy = "install the extra: pip install 'tokenstep[train]'"
-        raise TokenstepError(f"train: {' and '.join(missing)} missing; {remedy}")
+        remedy = f"install the extra: pip install 'tokenstep[{extra}]'"
+        raise TokenstepError(f"{' and '.join(missing)} missing; {remedy}")
 
 
 def _progress() -> Progress:

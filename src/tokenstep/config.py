@@ -1,9 +1,11 @@
 """Settings: what a model is made of, how it runs, and how it is trained."""
 
+import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from tokenstep.checks import require, require_classes
 from tokenstep.errors import TokenstepError
 
 T = TypeVar("T")
@@ -24,6 +26,13 @@ class PolicyConfig:
     sizes: tuple[int, ...] = (2, 4, 8, 16)
     width: int = 64
     scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(len(set(self.sizes)) == len(self.sizes), "sizes", "distinct", self.sizes)
+        rising = sorted({*self.stages}) == list(self.stages) and min(self.stages, default=0) >= 0
+        require(rising, "stages", "rising from 0 or more", self.stages)
+        require(self.width >= 1, "width", "1 or more", self.width)
+        require(0 < self.scale < math.inf, "scale", "above 0", self.scale)
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,13 @@ class VitConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        for what, value in (("patch", self.patch), ("depth", self.depth)):
-            if value is not None and value < 1:
-                raise TokenstepError(f"vit.{what} must be 1 or more, got {value}")
+        for what, value in (("vit.patch", self.patch), ("vit.depth", self.depth)):
+            require(value is None or value >= 1, what, "1 or more", value)
+        if self.image_size is not None:
+            least = self.patch or 1
+            size = self.image_size
+            require(min(size) >= least, "vit.image_size", f"{least} or more a side", size)
+        require(0 <= self.drop_path < 1, "vit.drop_path", "0 to below 1", self.drop_path)
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,7 @@ class ModelConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        # Label maps are uint8, and 255 means "no class".
-        if not 1 <= len(self.classes) <= 255 or len(self.palette) != len(self.classes):
-            raise TokenstepError(
-                f"model: give 1 to 255 classes and one colour per class, got {len(self.classes)} "
-                f"classes and {len(self.palette)} colours"
-            )
+        require_classes(self.classes, self.palette)
         wanted = (0, len(self.vit.exits))
         if len(self.temperatures) not in wanted or min(self.temperatures, default=1) <= 0:
             raise TokenstepError(

@@ -63,9 +63,12 @@ def blocks_macs(blocks: Sequence[nn.Module], rows: Sequence[int], *, size_bias: 
 
 
 def exits_macs(exits: ExitHeads, rows: Sequence[int]) -> int:
-    """Multiply-adds of the exits; the one after block k classifies all rows that ran block k."""
+    """Multiply-adds of the exits, of which block k saw ``rows[k]`` rows.
+
+    The exit after block k judges all rows that ran block k, and classifies those that halt again.
+    """
     heads = zip(exits.after, exits.heads, strict=True)
-    return sum(linear_macs(head) * rows[after - 1] for after, head in heads)
+    return sum(linear_macs(head) * (2 * rows[after - 1] - rows[after]) for after, head in heads)
 
 
 def decoder_macs(decoder: nn.Module, rows: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tokenstep.checks import require_classes
 from tokenstep.errors import TokenstepError
 from tokenstep.pictures import MAX_PIXELS, decode, is_picture, read_picture, to_tensor
 
@@ -39,19 +40,7 @@ class Classes:
 
     def __post_init__(self) -> None:
         """Raise `TokenstepError` where names and colours do not make a set of classes."""
-        if not 1 <= len(self.names) <= IGNORE:
-            raise TokenstepError(f"{len(self.names)} class names; give 1 to {IGNORE}")
-        if not all(name.strip() for name in self.names):
-            raise TokenstepError("a class name is empty; give each class a name")
-        if len(set(self.names)) < len(self.names):
-            twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise TokenstepError(f"class name {twice!r} comes twice; rename one")
-        if len(self.palette) != len(self.names):
-            counts = f"{len(self.palette)} colours for {len(self.names)} names"
-            raise TokenstepError(f"{counts}; give one each, or no palette")
-        for colour in self.palette:
-            if not all(0 <= value <= 255 for value in colour):
-                raise TokenstepError(f"palette has {list(colour)}; give values from 0 to 255")
+        require_classes(self.names, self.palette)
 
 
 def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -21,7 +21,8 @@ def load(name: str | os.PathLike[str]) -> StepSegmenter:
         TokenstepError: there is no such model, or its files are damaged.
     """
     path = Path(name)
-    if not path.is_dir() and str(name) in shipped_models():
+    # A folder of pictures may be called as a model is; a model in a folder goes first.
+    if str(name) in shipped_models() and not (path / CONFIG).is_file():
         path = SHIPPED / str(name)
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -35,6 +36,6 @@ def load(name: str | os.PathLike[str]) -> StepSegmenter:
     source = str(path) if path.is_dir() else str(name)
     try:
         return StepSegmenter.from_pretrained(source)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TokenstepError(f"model {source}: cannot be loaded ({reason})") from error

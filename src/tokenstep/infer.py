@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tokenstep.config import DENSE, Settings
 from tokenstep.draw import overlay, palette_image, token_map
@@ -44,7 +45,8 @@ class _Picture:
     path: Path
     name: str  # of its results
     image: Image.Image
-    milliseconds: float  # reading
+    scaled: Tensor  # (3, h, w) uint8: what the model sees
+    milliseconds: float  # reading and scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,13 @@ def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) 
     """
     waiting: deque[Report | Future[Report]] = deque()
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
-        reads = _ahead(readers, paths, 2 * job.batch)
+        reads = _ahead(readers, paths, 2 * job.batch, job.max_side)
+        warm = not job.compare
         while group := list(islice(reads, job.batch)):
+            if not warm:
+                # What only a first call costs must not be held against either half.
+                _segment_group(model, group, job)
+                warm = True
             for done in _segment_group(model, group, job):
                 if isinstance(done, _Segmented):
                     waiting.append(writers.submit(_write, done, job.out))
@@ -112,23 +119,24 @@ def _candidates(path: Path, beside: bool) -> Iterator[str]:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, paths: Sequence[Path], size: int
+    pool: ThreadPoolExecutor, paths: Sequence[Path], size: int, max_side: int | None
 ) -> Iterator[Report | _Picture]:
     """Read pictures in order, up to ``size`` ahead of the one that is asked for."""
-    rest = zip(paths, output_names(paths), strict=True)
+    rest = zip(paths, output_names(paths), repeat(max_side))
     futures = deque(pool.submit(_read, *one) for one in islice(rest, size))
     while futures:
         yield futures.popleft().result()
         futures += [pool.submit(_read, *one) for one in islice(rest, 1)]
 
 
-def _read(path: Path, name: str) -> Report | _Picture:
+def _read(path: Path, name: str, max_side: int | None) -> Report | _Picture:
     start = perf_counter()
     try:
         image = read_picture(path)
     except TokenstepError as error:
         return _failed(path, str(error))
-    return _Picture(path, name, image, (perf_counter() - start) * 1000)
+    scaled = to_tensor(_fit(image, max_side))
+    return _Picture(path, name, image, scaled, (perf_counter() - start) * 1000)
 
 
 def _segment_group(
@@ -145,10 +153,12 @@ def _segment(
     """Segment a batch; if that fails, each picture alone, so that the others go on."""
     if not pictures:
         return []
-    images = [to_tensor(_fit(picture.image, job.max_side)) for picture in pictures]
+    images = [picture.scaled for picture in pictures]
     try:
+        dense: Sequence[Result | None] = [None] * len(images)
+        if job.compare:
+            dense = model.segment_batch(images, settings=DENSE)
         results = model.segment_batch(images, settings=job.settings)
-        dense = model.segment_batch(images, settings=DENSE) if job.compare else [None] * len(images)
     except TokenstepError as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:

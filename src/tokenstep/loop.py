@@ -11,17 +11,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from safetensors.torch import load_file, save_file
-from timm.optim import Muon  # type: ignore[attr-defined]  # timm re-exports without saying so
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.pictures import write_whole
-from tokenstep.recipes import DataConfig, Phase, TrainerConfig
+from tokenstep.optimise import optimise
+from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, TrainerConfig
+from tokenstep.runs import find_checkpoint, load_weights, save_weights
 from tokenstep.transforms import TrainTransform
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -54,19 +55,22 @@ class Stream(Dataset[tuple[Tensor, Tensor]]):
             return self.folder[picture]
 
 
-TABLES = ("pos_embed", "cls_token", "reg_token")
-
-
 class PhaseModule(pl.LightningModule):
-    """What both trainings share: the stream of pictures, the optimiser, and resuming at a step."""
+    """What both trainings share: the stream of pictures, the optimiser, and resuming at a step.
+
+    ``find_unused`` says that a batch may leave parameters without a gradient, which training on
+    several devices has to know.
+    """
 
     heads: tuple[str, ...] = ()  # what learns at the heads' rate, by the start of its name
+    find_unused = False
 
-    def __init__(self, data: DataConfig, phase: Phase, seed: int) -> None:
+    def __init__(self, recipe: PolicyRecipe | SegmenterRecipe, number: int) -> None:
         super().__init__()
-        self.data = data
-        self.phase = phase
-        self.seed = seed
+        self.data = recipe.data
+        self.phase = recipe.phases[number]
+        # Each phase draws anew, else a later one would show the same pictures cut alike.
+        self.seed = recipe.trainer.seed + 7919 * number
         self.done_steps = 0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -97,40 +101,17 @@ class PhaseModule(pl.LightningModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop at the first loss that is no number: nothing after it would be."""
+        if not bool(loss.isfinite()):
+            raise TokenstepError(
+                f"the loss is not finite at step {self.global_step}: lower lr, or train with "
+                "trainer.precision=fp32"
+            )
+
     def configure_optimizers(self) -> Any:
-        """AdamW or Muon; norms, biases and position tables are not decayed."""
-        phase = self.phase
-        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                plain = parameter.ndim < 2 or name.endswith(TABLES)
-                head = name.startswith(self.heads)
-                decay = 0.0 if plain else phase.weight_decay
-                lr = phase.lr * (phase.head_lr if head else 1.0)
-                groups.setdefault((lr, decay, plain or head), []).append(parameter)
-        optimizer: torch.optim.Optimizer
-        if phase.optimizer == "muon":
-            optimizer = Muon(
-                [
-                    {"params": p, "lr": lr, "weight_decay": wd, "use_fallback": adamw}
-                    for (lr, wd, adamw), p in groups.items()
-                ]
-            )
-        else:
-            optimizer = torch.optim.AdamW(
-                [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd, _), p in groups.items()]
-            )
-        warmup = max(1, self.phase.warmup)
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-                torch.optim.lr_scheduler.CosineAnnealingLR(
-                    optimizer, max(1, self.phase.steps - warmup), eta_min=self.phase.lr / 100
-                ),
-            ],
-            milestones=[warmup],
-        )
+        """What Lightning wants: the optimiser, and its schedule step by step."""
+        optimizer, schedule = optimise(self.named_parameters(), self.phase, self.heads)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -148,71 +129,94 @@ def run_phase(
     A run that was killed goes on from the newest checkpoint in ``folder``.
 
     Raises:
-        TokenstepError: the checkpoint is of a network of another shape.
+        TokenstepError: a file of the data or of the run is at fault, there is no such device, or
+            the loss is not finite.
     """
     end = folder / "end.safetensors"
     if end.is_file():
-        try:
-            network.load_state_dict(load_file(end))
-        except RuntimeError as error:
-            raise _other_recipe(end, folder) from error
+        load_weights(network, end)
         return
-    checkpoints = ModelCheckpoint(
-        folder, every_n_train_steps=settings.save_every, save_last=True, save_top_k=0
-    )
-    callbacks: list[Callback] = [checkpoints]
-    if progress:
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists
-    trainer = pl.Trainer(
-        max_steps=module.phase.steps,
-        log_every_n_steps=1,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        # A batch without superpatches leaves the projection of sub-patches unused.
-        strategy="ddp_find_unused_parameters_true" if settings.devices > 1 else "auto",
-        precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
-        callbacks=callbacks,
-        logger=TensorBoardLogger(folder.parent, name="log", version=folder.name),
-        val_check_interval=settings.val_every if val is not None else None,
-        limit_val_batches=settings.val_pictures if val is not None else 0,
-        check_val_every_n_epoch=None if val is not None else 1,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-    )
-    last = folder / "last.ckpt"
-    with warnings.catch_warnings():
-        # The stream starts at the step of the checkpoint, which Lightning cannot know.
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.15
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-        # The frozen policy is meant to be.
-        warnings.filterwarnings("ignore", "Found .* in eval mode")
-        # Our own checkpoint of this very run is the one file that is ever unpickled.
-        resumed = last if last.is_file() else None
-        try:
-            trainer.fit(module, val_dataloaders=val, ckpt_path=resumed)
-        except RuntimeError as error:
-            if resumed is not None and "loading state_dict" in str(error):
-                raise _other_recipe(last, folder) from error
-            raise
+    trainer = make_trainer(module, folder, settings, looks=val is not None, progress=progress)
+    _fit(trainer, module, val, find_checkpoint(folder))
     if trainer.global_step < module.phase.steps:
         raise KeyboardInterrupt  # Lightning swallows it to shut down in order
-    if trainer.is_global_zero:
+    if is_main():
         save_weights(network, end)
     trainer.strategy.barrier()
 
 
-def _other_recipe(path: Path, folder: Path) -> TokenstepError:
-    return TokenstepError(
-        f"{path}: is of another recipe: choose another out, or remove {folder.parent}"
-    )
+def _fit(
+    trainer: pl.Trainer,
+    module: PhaseModule,
+    val: DataLoader[tuple[Tensor, Tensor]] | None,
+    last: Path | None,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.15
+        # The stream starts at the step of the checkpoint, which Lightning cannot know.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        # save_every may have changed meanwhile, which makes it another callback to Lightning.
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
+        # The frozen policy is meant to be.
+        warnings.filterwarnings("ignore", "Found .* in eval mode")
+        try:
+            trainer.fit(module, val_dataloaders=val, ckpt_path=last)
+        except TokenstepError as error:
+            # A data worker's comes wrapped in its traceback, of which it is the last line.
+            line = str(error).strip().splitlines()[-1]
+            raise TokenstepError(line.rpartition("TokenstepError: ")[2]) from error
 
 
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Write a network's state as safetensors, whole or not at all."""
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
-    write_whole(path, lambda temporary: save_file(state, temporary))
+def make_trainer(
+    module: PhaseModule, folder: Path, settings: TrainerConfig, *, looks: bool, progress: bool
+) -> pl.Trainer:
+    """Lightning's trainer of one phase; ``looks`` if it validates on the way.
+
+    Raises:
+        TokenstepError: there is no such device, or no such precision on it.
+    """
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            folder,
+            every_n_train_steps=settings.save_every,
+            save_last=True,
+            save_top_k=0,
+            enable_version_counter=False,  # one last.ckpt, which is the newest
+        )
+    ]
+    if progress:
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists
+    ddp = "ddp_find_unused_parameters_true" if module.find_unused else "ddp"
+    try:
+        return pl.Trainer(
+            max_steps=module.phase.steps,
+            log_every_n_steps=1,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=ddp if settings.devices > 1 else "auto",
+            precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
+            callbacks=callbacks,
+            logger=TensorBoardLogger(folder.parent, name="log", version=folder.name),
+            val_check_interval=settings.val_every if looks else None,
+            limit_val_batches=settings.val_pictures if looks else 0,
+            check_val_every_n_epoch=None if looks else 1,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise TokenstepError(f"recipe: trainer: {reason}") from error
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints: the first, where several train together."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]  # set by Lightning
+
+
+def meet() -> None:
+    """Wait for the other processes, where several train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

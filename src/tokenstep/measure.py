@@ -101,7 +101,9 @@ def _partition(
         case "policy":
             return None
         case "uniform":
-            return superpatches.uniform([model.tokenise.grid_of(image)], device)
+            return superpatches.uniform(
+                [superpatches.grid_of(image.shape[-2:], model.patch)], device
+            )
         case "oracle":
             return superpatches.oracle(
                 label[None].to(device),

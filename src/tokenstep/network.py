@@ -1,6 +1,7 @@
 """The pipeline in one forward: pictures -> partition -> tokens -> encoder -> logits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self, cast
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from tokenstep.config import ModelConfig, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.model import superpatches
+from tokenstep.model.attention import Backend
 from tokenstep.model.backbone import build_vit
 from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
 from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported
 from tokenstep.model.exits import EarlyPruning, ExitHeads
 from tokenstep.model.policy import Policy, Sight
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser
-from tokenstep.model.unmerge import rows_of_cells, token_values
+from tokenstep.model.unmerge import rows_of_cells
 from tokenstep.reducers.base import Reducer
 from tokenstep.result import Segmented
 
@@ -48,6 +50,10 @@ class Sights:
                 sight = self.policy.look(torch.stack([self.normal[index] for index in members]))
                 groups.append((members, sight))
         return groups
+
+    def run(self) -> None:
+        """Run the CNN now."""
+        _ = self.groups
 
     @torch.no_grad()
     def context(self) -> Tensor:
@@ -106,18 +112,18 @@ class StepNetwork(nn.Module):
         *,
         settings: Settings | None = None,
         level: Tensor | None = None,
-        observers: Sequence[Reducer] = (),
+        reducers: Sequence[Reducer] = (),
     ) -> Segmented:
         """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, float RGB in 0..1.
 
         ``settings`` default to the model's own; ``level (B, H, W)`` replaces the policy's
-        partition; ``observers`` are asked after each block before the exits are.
+        partition; ``reducers`` are asked after each block before the exits are.
         """
         settings = self.config.settings if settings is None else settings
         normal = self.normalise(pictures)
         sights = self.look(normal)
         level = self.partition(normal, settings, sights) if level is None else level
-        return self.encode(normal, level, settings=settings, sights=sights, observers=observers)
+        return self.encode(normal, level, settings=settings, sights=sights, reducers=reducers)
 
     def normalise(self, pictures: Pictures) -> list[Tensor]:
         """Subtract the mean and divide by the standard deviation, picture by picture."""
@@ -132,7 +138,7 @@ class StepNetwork(nn.Module):
         self, normal: Sequence[Tensor], settings: Settings, sights: Sights | None = None
     ) -> Tensor:
         """The policy's partition ``(B, H, W)`` of normalised pictures; none without merging."""
-        grids = [self.tokenise.grid_of(picture) for picture in normal]
+        grids = [superpatches.grid_of(picture.shape[-2:], self.patch) for picture in normal]
         level = superpatches.uniform(grids, normal[0].device)
         if not settings.merge:
             return level
@@ -168,7 +174,7 @@ class StepNetwork(nn.Module):
         *,
         settings: Settings,
         sights: Sights | None = None,
-        observers: Sequence[Reducer] = (),
+        reducers: Sequence[Reducer] = (),
     ) -> Segmented:
         """Embed, run the blocks and exits, and classify the tokens of normalised pictures."""
         context = None
@@ -176,7 +182,7 @@ class StepNetwork(nn.Module):
             sights = self.look(normal) if sights is None else sights
             context = sights.context()
         tokens = self.tokenise(normal, level, context)
-        reducers = list(observers)
+        reducers = list(reducers)
         if settings.exits:
             temperatures = self.config.temperatures
             reducers.append(
@@ -184,9 +190,8 @@ class StepNetwork(nn.Module):
             )
         tokens, live = self.encoder(tokens, reducers)
         logits = self.decoder(tokens)
-        halted = tokens.halted.logits if tokens.halted is not None else None
         sizes = tuple((picture.shape[-2], picture.shape[-1]) for picture in normal)
-        return Segmented(tokens, token_values(logits, halted), level, tuple(live), sizes)
+        return Segmented(tokens, logits, level, tuple(live), sizes)
 
     def label_maps(self, segmented: Segmented) -> list[Tensor]:
         """Class of every pixel of each picture, ``(h, w)`` uint8.
@@ -194,17 +199,20 @@ class StepNetwork(nn.Module):
         Raises:
             TokenstepError: the logits are not finite.
         """
-        if not bool(torch.isfinite(segmented.logits).all()):
+        halted = segmented.tokens.halted
+        every = [segmented.logits] if halted is None else [segmented.logits, halted.logits]
+        # One NaN or infinity makes the sum one; a mask of all logits would cost memory.
+        if not all(bool(part.sum(dtype=torch.float64).isfinite()) for part in every):
             raise TokenstepError(
                 "the model produced NaN or infinite logits: run it in fp32, or check its weights"
             )
         rows = rows_of_cells(segmented.tokens)
         maps = []
         for index, size in enumerate(segmented.sizes):
-            height, width = (-(-side // self.patch) for side in size)
+            height, width = superpatches.grid_of(size, self.patch)
             maps.append(
                 label_map(
-                    segmented.logits,
+                    every,
                     rows[index, :height, :width],
                     segmented.level[index, :height, :width],
                     patch=self.patch,
@@ -212,6 +220,13 @@ class StepNetwork(nn.Module):
                 )
             )
         return maps
+
+    def use(self, *, backend: Backend = "auto", checkpointing: bool = False) -> None:
+        """Choose the attention back end, and whether blocks are recomputed in the backward pass."""
+        run = replace(self.encoder.settings, backend=backend, checkpointing=checkpointing)
+        self.encoder.settings = run
+        if isinstance(self.decoder, MaskDecoder):
+            self.decoder.settings = run
 
     def load_weights(self, path: Path) -> None:
         """Fill every parameter from a safetensors file; other dtypes are converted.
@@ -235,8 +250,10 @@ class StepNetwork(nn.Module):
             ) from error
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode; a frozen policy stays in eval mode, or its statistics drift."""
+        """Set the training mode; the policy is never trained here and stays in eval mode.
+
+        The statistics of its norms would drift otherwise.
+        """
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.policy.parameters()):
-            self.policy.eval()
+        self.policy.eval()
         return self

@@ -67,7 +67,8 @@ def _expand(path: str) -> list[Path]:
 
 def is_picture(path: Path) -> bool:
     """Whether a path found in a folder is a picture file; hidden ones may be part-written."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    named = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return named and os.path.isfile(path)  # Path.is_file raises in folders that may only be listed
 
 
 def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenstep.data import LabelledFolder
+from tokenstep.errors import TokenstepError
 from tokenstep.model import superpatches
 from tokenstep.model.policy import Policy
 from tokenstep.transforms import to_float
@@ -18,51 +20,63 @@ def policy_report(
 
     The reduction of a size is that of merging by this size alone; ``all`` merges by all sizes.
     Purity is the mean share of the most frequent class in the chosen superpatches.
+
+    Raises:
+        TokenstepError: the policy's scores are not finite.
     """
     policy.eval()
     sizes, classes = policy.config.sizes, len(folder.classes.names)
     sums = torch.zeros(len(sizes), 6, dtype=torch.float64)
     cells = tokens = 0
     for image, label in folder:
-        normal = (to_float(image)[None] - 0.5) / 0.5
-        scores = [score.sigmoid() for score in policy(normal)]
-        grid = (-(-label.shape[0] // policy.patch), -(-label.shape[1] // policy.patch))
-        empty = superpatches.uniform([grid])
+        scores = _scores(policy, image)
         full = superpatches.padded_labels(label[None], policy.patch)
+        grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
         for row, size in enumerate(sizes):
             share = superpatches.purity(full, size * policy.patch, classes)
             truth, chosen = share > 1 - tolerance - 1e-6, scores[row] > threshold
-            alone = superpatches.from_scores([scores[row]], [size], [threshold], empty)
-            sums[row] += torch.tensor(
-                [
-                    float((truth & chosen).sum()),
-                    float(chosen.sum()),
-                    float(truth.sum()),
-                    float((share * chosen).sum()),
-                    float(grid[0] * grid[1]),
-                    float(superpatches.token_counts(alone).sum()),
-                ],
-                dtype=torch.float64,
-            )
-        level = superpatches.from_scores(scores, sizes, [threshold] * len(sizes), empty)
+            counts = [(truth & chosen).sum(), chosen.sum(), truth.sum(), (share * chosen).sum()]
+            left = _tokens([scores[row]], [size], threshold, grid)
+            counted = [*map(float, counts), grid[0] * grid[1], left]
+            sums[row] += torch.tensor(counted, dtype=torch.float64)
         cells += grid[0] * grid[1]
-        tokens += int(superpatches.token_counts(level).sum())
+        tokens += _tokens(scores, list(sizes), threshold, grid)
     return {
         "threshold": threshold,
         "tolerance": tolerance,
         "images": len(folder),
-        "sizes": {
-            str(size): {
-                "precision": _ratio(hit, chosen),
-                "recall": _ratio(hit, truth),
-                "purity": _ratio(pure, chosen),
-                "reduction": _ratio(grid, left),
-            }
-            for size, (hit, chosen, truth, pure, grid, left) in zip(
-                sizes, sums.tolist(), strict=True
-            )
-        },
+        "sizes": {str(size): _rates(row) for size, row in zip(sizes, sums.tolist(), strict=True)},
         "all": {"reduction": _ratio(cells, tokens)},
+    }
+
+
+def _scores(policy: Policy, image: Tensor) -> list[Tensor]:
+    """Homogeneity of each superpatch of one picture in 0..1, per size."""
+    normal = (to_float(image)[None] - 0.5) / 0.5
+    scores: list[Tensor] = [score.sigmoid() for score in policy(normal)]
+    if not all(bool(score.isfinite().all()) for score in scores):
+        raise TokenstepError("the policy produced NaN scores: check its weights")
+    return scores
+
+
+def _tokens(
+    scores: list[Tensor], sizes: list[int], threshold: float, grid: superpatches.Grid
+) -> int:
+    """Tokens of one picture that is merged by these sizes."""
+    level = superpatches.from_scores(
+        scores, sizes, [threshold] * len(sizes), superpatches.uniform([grid])
+    )
+    return int(superpatches.token_counts(level).sum())
+
+
+def _rates(sums: list[float]) -> dict[str, float | None]:
+    """Figures of one size from what was counted."""
+    hit, chosen, truth, pure, grid, left = sums
+    return {
+        "precision": _ratio(hit, chosen),
+        "recall": _ratio(hit, truth),
+        "purity": _ratio(pure, chosen),
+        "reduction": _ratio(grid, left),
     }
 
 

@@ -1,15 +1,32 @@
 """Recipes: how a policy and a segmenter are trained, read from flat TOML files."""
 
+import dataclasses
+import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from tokenstep.checks import require
 from tokenstep.config import PolicyConfig, Settings, VitConfig, from_dict
 from tokenstep.errors import TokenstepError
 
 T = TypeVar("T")
+
+# What may change between two runs of one recipe: where things lie and how the work is done.
+ASIDE = {
+    "data": ("root", "workers", "cache"),
+    "trainer": (
+        "accelerator",
+        "devices",
+        "checkpointing",
+        "save_every",
+        "val_every",
+        "val_pictures",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,8 @@ class DataConfig:
 
     ``train_names`` and ``val_names`` are patterns of picture names; "!" before one excludes it.
     ``scale`` is the range of random scaling, ``colour`` the strength of random colour, ``rotate``
-    adds quarter turns (for pictures without an up), ``cache`` keeps decoded pictures in memory.
+    adds quarter turns (for pictures without an up), ``cache`` keeps decoded pictures in memory,
+    in each worker anew.
     """
 
     root: str
@@ -30,8 +48,14 @@ class DataConfig:
     flip: bool = True
     rotate: bool = False
     colour: float = 0.4
-    cache: bool = True
+    cache: bool = False
     workers: int = 1
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        require(0 < low <= high < math.inf, "scale", "two factors above 0, rising", self.scale)
+        require(0 <= self.colour <= 2, "colour", "0 to 2", self.colour)
+        require(self.workers >= 0, "workers", "0 or more", self.workers)
 
 
 @dataclass(frozen=True)
@@ -39,21 +63,30 @@ class TrainerConfig:
     """The loop: precision, devices and how often to write and look.
 
     ``val_every`` and ``save_every`` are steps; ``val_pictures`` limits the look while training.
+    ``checkpointing`` recomputes each block in the backward pass, for less memory.
     """
 
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    checkpointing: bool = False
     accelerator: str = "auto"
     devices: int = 1
     save_every: int = 100
     val_every: int = 500
     val_pictures: int = 32
 
+    def __post_init__(self) -> None:
+        for name in ("devices", "save_every", "val_every"):
+            require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        require(self.val_pictures >= 0, "val_pictures", "0 or more", self.val_pictures)
+        require(abs(self.seed) < 2**32, "seed", "below 2 ** 32", self.seed)
+
 
 @dataclass(frozen=True)
 class Phase:
     """One stretch of training, with warm-up and cosine decay of the learning rate.
 
+    ``batch`` is the pictures of a step on each device, so that two devices take twice as many.
     ``dense_share`` is the share of pictures that run unmerged, so that the model is good both
     ways; ``pruning`` lets exits halt tokens at the model's own thresholds. ``head_lr`` times ``lr``
     is the rate of exits, decoder and the projection of policy features. ``optimizer`` "muon" gives
@@ -71,6 +104,17 @@ class Phase:
     pruning: bool = False
     head_lr: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", "1 or more", self.steps)
+        require(self.batch >= 1, "batch", "1 or more", self.batch)
+        require(min(self.crop) >= 1, "crop", "1 or more pixels a side", self.crop)
+        require(0 < self.lr < math.inf, "lr", "above 0", self.lr)
+        require(0 < self.head_lr < math.inf, "head_lr", "above 0", self.head_lr)
+        require(self.warmup >= 0, "warmup", "0 or more", self.warmup)
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, "weight_decay", "0 or more", decay)
+        require(0 <= self.dense_share <= 1, "dense_share", "0 to 1", self.dense_share)
 
 
 @dataclass(frozen=True)
@@ -93,6 +137,15 @@ class PolicyRecipe:
 
     def __post_init__(self) -> None:
         _check_phases(self.phases)
+        require(self.patch >= 1, "patch", "1 or more", self.patch)
+        require(0 <= self.tolerance < 1, "tolerance", "0 to below 1", self.tolerance)
+        weight = self.class_weight
+        require(0 <= weight < math.inf, "class_weight", "0 or more", weight)
+        # A crop without a superpatch teaches nothing.
+        least = (min(self.policy.sizes, default=1) - 1) * self.patch + 1
+        for phase in self.phases:
+            fits = min(phase.crop) >= least
+            require(fits, "phases.crop", f"{least} or more pixels a side", phase.crop)
 
 
 @dataclass(frozen=True)
@@ -115,6 +168,9 @@ class SegmenterRecipe:
 
     def __post_init__(self) -> None:
         _check_phases(self.phases)
+        for name in ("class_balance", "exit_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, "0 or more", value)
 
 
 def _check_phases(phases: tuple[Phase, ...]) -> None:
@@ -137,18 +193,48 @@ def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TokenstepError(f"{path}: is no TOML file ({error})") from error
     for override in overrides:
-        key, sign, text = override.partition("=")
-        if not sign:
-            raise TokenstepError(f"{override!r}: an override reads KEY=VALUE, as data.root=DIR")
-        try:
-            value: object = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        table = data
-        *parents, name = key.split(".")
-        for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
-                raise TokenstepError(f"{override!r}: {parent!r} is no table of {path}")
-        table[name] = value
+        _override(data, override, path)
     return from_dict(kind, data, str(path))
+
+
+def _override(data: dict[str, Any], override: str, path: Path) -> None:
+    """Put one ``KEY=VALUE`` on top of a recipe; a number in the key counts a list from 0."""
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise TokenstepError(f"{override!r}: an override reads KEY=VALUE, as data.root=DIR")
+    try:
+        value: object = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table: Any = data
+    *parents, name = key.split(".")
+    for parent in parents:
+        if isinstance(table, dict):
+            table = table.setdefault(parent, {})
+        elif isinstance(table, list) and parent in map(str, range(len(table))):
+            table = table[int(parent)]
+        else:
+            table = None
+    if not isinstance(table, dict):
+        remedy = "the first phase is phases.0, as in phases.0.steps=5"
+        raise TokenstepError(f"{override!r}: {'.'.join(parents)} is no table of {path}; {remedy}")
+    table[name] = value
+
+
+def resolved(recipe: PolicyRecipe | SegmenterRecipe, **digests: str) -> dict[str, Any]:
+    """The recipe as JSON holds it, with digests of the files that it works on."""
+    plain = {**dataclasses.asdict(recipe), "digests": digests}
+    copy: dict[str, Any] = json.loads(json.dumps(plain))
+    return copy
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two resolved recipes end in the same weights."""
+    return _essence(one) == _essence(other)
+
+
+def _essence(recipe: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in recipe.items() if key != "out"}
+    for table, names in ASIDE.items():
+        rest[table] = {k: v for k, v in recipe.get(table, {}).items() if k not in names}
+    return rest

@@ -43,7 +43,7 @@ def exit_logits(
     generator = torch.Generator().manual_seed(0)
     for image, label in folder:
         watch = DeepSupervision(model.exits)
-        out = model([to_float(image).to(device)], settings=settings, observers=[watch])
+        out = model([to_float(image).to(device)], settings=settings, reducers=[watch])
         spreads = [unmerge(tokens, found, out.level)[0] for tokens, found in watch.seen]
         full = padded_labels(label[None], model.patch)[:, None].float()
         target = F.interpolate(full, spreads[0].shape[:2], mode="nearest-exact").long().flatten()

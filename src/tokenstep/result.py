@@ -13,10 +13,10 @@ from tokenstep.tokens import PackedTokens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segmented:
-    """What a forward returns: logits of every token, and where each token speaks."""
+    """What a forward returns: logits of the live tokens, and where each token speaks."""
 
     tokens: PackedTokens  # after the last block
-    logits: Tensor  # (T + A, S, C): live rows, then halted ones
+    logits: Tensor  # (T, S, C) of the live rows; halted ones keep theirs in tokens.halted
     level: Tensor  # (B, H, W) int8, the partition
     live: tuple[tuple[int, ...], ...]  # rows of each picture that entered each block
     sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture

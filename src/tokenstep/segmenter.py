@@ -17,7 +17,7 @@ from tokenstep import cost
 from tokenstep.config import DENSE, ModelConfig, Settings, from_dict
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
-from tokenstep.model.superpatches import token_counts
+from tokenstep.model.superpatches import grid_of, token_counts
 from tokenstep.model.unmerge import layer_of_cells
 from tokenstep.network import StepNetwork
 from tokenstep.pictures import Picture, picture_tensor
@@ -83,6 +83,8 @@ class StepSegmenter(
 
         ``level (B, H, W)`` replaces the policy's partition, for comparisons.
         """
+        if not pictures:
+            return []
         settings = self.config.settings if settings is None else settings
         device = cast(Tensor, self.mean).device
         clock = _Clock(device, len(pictures))
@@ -92,6 +94,8 @@ class StepSegmenter(
         by_policy = level is None and bool(settings.merge)
         if level is None:
             level = self.partition(normal, settings, sights)
+        if self.config.vit.policy_features:
+            sights.run()  # or the dense model's encoder would be charged for it
         clock.lap("policy")
         segmented = self.encode(normal, level, settings=settings, sights=sights)
         clock.lap("encode")
@@ -108,14 +112,14 @@ class StepSegmenter(
                 cost=self.cost_of(segmented, index, policy=by_policy),
                 dense_cost=self.dense_cost(segmented.sizes[index]),
                 patch=self.patch,
-                milliseconds=clock.laps,
+                milliseconds=dict(clock.laps),
             )
             for index, use in enumerate(rows)
         ]
 
     def token_use(self, segmented: Segmented, layers: Tensor, index: int) -> TokenUse:
         """Where the tokens of picture ``index`` of a batch went; ``layers (B, H, W)``."""
-        height, width = self.tokenise.grid_of(torch.empty(segmented.sizes[index], device="meta"))
+        height, width = grid_of(segmented.sizes[index], self.patch)
         prefix, depth = self.tokenise.prefix_count, len(self.encoder.blocks)
         tokens = segmented.tokens
         halted = dict.fromkeys(self.exits.after, 0)
@@ -152,7 +156,7 @@ class StepSegmenter(
 
     def dense_cost(self, size: tuple[int, int]) -> Cost:
         """Compute of a picture of ``size`` (h, w) without policy, merging and exits."""
-        height, width = self.tokenise.grid_of(torch.empty(size, device="meta"))
+        height, width = grid_of(size, self.patch)
         rows = height * width + self.tokenise.prefix_count
         return self._cost(size, [rows] * len(self.encoder.blocks), rows, policy=False, exits=False)
 

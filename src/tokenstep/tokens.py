@@ -110,21 +110,22 @@ class PackedTokens:
     def halt(self, done: Tensor, logits: Tensor, layer: int) -> "PackedTokens":
         """Take the rows of the mask ``done (T,)`` out of the sequence with their final logits.
 
-        ``logits (T, S, C)`` are those of all live rows; ``layer`` is the number of blocks run.
-        Prefix rows never halt.
+        ``logits (A, S, C)`` are those of the rows that leave, in their order; ``layer`` is the
+        number of blocks run.
 
         Raises:
-            ValueError: ``done`` or ``logits`` has another length than the rows.
+            ValueError: ``done`` has another length than the rows, or ``logits`` than those that
+                leave; or a prefix row would halt.
         """
-        if done.shape != self.anchor.shape or len(logits) != len(self.x):
-            raise ValueError(
-                f"done and logits must have {len(self.x)} rows, "
-                f"got {tuple(done.shape)} and {tuple(logits.shape)}"
-            )
-        done = done & ~self.is_prefix
+        if done.shape != self.anchor.shape:
+            raise ValueError(f"done must be ({len(self.x)},), got {tuple(done.shape)}")
         leave = done.nonzero().squeeze(1)
         stay = (~done).nonzero().squeeze(1)
-        new = Halted(self.anchor[leave], logits[leave], torch.full_like(leave, layer))
+        if len(logits) != len(leave):
+            raise ValueError(f"{len(leave)} rows halt but logits are given for {len(logits)}")
+        if bool((self.anchor[leave] < 0).any()):
+            raise ValueError("prefix rows never halt")
+        new = Halted(self.anchor[leave], logits, torch.full_like(leave, layer))
         if self.halted is not None:
             old = self.halted
             new = Halted(

@@ -1,20 +1,16 @@
 """Train a policy from label maps, then a segmenter with that policy frozen."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tokenstep.config import ModelConfig, PolicyConfig, Settings, from_dict
+from tokenstep.config import ModelConfig, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.loop import PhaseModule, run_phase, save_weights
+from tokenstep.loop import PhaseModule, is_main, meet, run_phase
 from tokenstep.losses import (
     class_weights,
     homogeneity_loss,
@@ -26,9 +22,16 @@ from tokenstep.metrics import confusion_matrix, iou_of
 from tokenstep.model.exits import DeepSupervision
 from tokenstep.model.policy import Policy
 from tokenstep.model.superpatches import padded_labels
-from tokenstep.pictures import write_text
 from tokenstep.policy_report import policy_report
-from tokenstep.recipes import Phase, PolicyRecipe, SegmenterRecipe
+from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, resolved
+from tokenstep.runs import (
+    claim,
+    digest_of_pictures,
+    digest_of_weights,
+    load_policy,
+    save_json,
+    save_weights,
+)
 from tokenstep.segmenter import WEIGHTS, StepSegmenter
 from tokenstep.transforms import to_float
 
@@ -36,10 +39,13 @@ from tokenstep.transforms import to_float
 class PolicyModule(PhaseModule):
     """Trains a :class:`Policy` on whether superpatches share one class."""
 
-    def __init__(self, recipe: PolicyRecipe, phase: Phase, policy: Policy, classes: int) -> None:
-        super().__init__(recipe.data, phase, recipe.trainer.seed)
+    def __init__(self, recipe: PolicyRecipe, number: int, policy: Policy, classes: int) -> None:
+        super().__init__(recipe, number)
         self.recipe = recipe
         self.policy = policy
+        # The heads of superpatches that do not fit into a crop learn nothing from it.
+        whole = max(recipe.policy.sizes) * recipe.patch
+        self.find_unused = min(self.phase.crop) <= whole - recipe.patch
         self.classes = classes
         self.namer = nn.Conv2d(policy.channels, classes, 1) if recipe.class_weight > 0 else None
 
@@ -71,9 +77,11 @@ class SegmenterModule(PhaseModule):
     heads = ("model.exits.", "model.decoder.", "model.tokenise.context.")
 
     def __init__(
-        self, recipe: SegmenterRecipe, phase: Phase, model: StepSegmenter, weight: Tensor
+        self, recipe: SegmenterRecipe, number: int, model: StepSegmenter, weight: Tensor
     ) -> None:
-        super().__init__(recipe.data, phase, recipe.trainer.seed)
+        super().__init__(recipe, number)
+        # A batch without superpatches leaves their projection out.
+        self.find_unused = recipe.vit.sub_patches
         self.recipe = recipe
         self.model = model
         self.register_buffer("weight", weight, persistent=False)
@@ -81,9 +89,11 @@ class SegmenterModule(PhaseModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Cross-entropy of the decoder and, as deep supervision, of every exit."""
         images, labels = batch
+        labels = padded_labels(labels, self.model.patch)
         settings = self.recipe.settings
-        # Drawn from the step alone, so that a resumed run draws the same.
-        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+        # Drawn from the step and the device alone, so that a resumed run draws the same.
+        place = self.global_step * self.trainer.world_size + self.global_rank
+        torch.manual_seed(self.seed * 1_000_003 + place)
         normal = self.model.normalise(images)
         sights = self.model.look(normal)
         level = self.model.partition(normal, settings, sights)
@@ -91,7 +101,7 @@ class SegmenterModule(PhaseModule):
         level = torch.where(dense.view(-1, 1, 1), level.clamp(max=0), level)
         watch = DeepSupervision(self.model.exits)
         used = settings if self.phase.pruning else Settings()
-        out = self.model.encode(normal, level, settings=used, sights=sights, observers=[watch])
+        out = self.model.encode(normal, level, settings=used, sights=sights, reducers=[watch])
         weight = cast(Tensor, self.weight)
         live = out.logits[: len(out.tokens.x)]
         loss = segmentation_loss(out.tokens, live, level, labels, weight)
@@ -115,7 +125,10 @@ class SegmenterModule(PhaseModule):
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log mIoU from the summed counts of all devices."""
+        """Log mIoU from the summed counts of all devices.
+
+        Where they cannot share the pictures evenly, Lightning has one counted twice.
+        """
         confusion = cast(Tensor, self.all_gather(self.confusion))
         confusion = confusion.view(-1, *self.confusion.shape).sum(0)
         self.log("val_miou", iou_of(confusion).nanmean().float(), prog_bar=True)
@@ -123,6 +136,8 @@ class SegmenterModule(PhaseModule):
 
 def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, Any]:
     """Train a policy and write it to ``recipe.out``; returns its scores on val.
+
+    Where several processes train together, only the main one writes and has scores to return.
 
     Raises:
         TokenstepError: the data or the recipe is at fault.
@@ -134,13 +149,17 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
-    for number, phase in enumerate(recipe.phases):
-        module = PolicyModule(recipe, phase, policy, len(val.classes.names))
+    whose = resolved(recipe, pictures=digest_of_pictures(training_folder(recipe)))
+    claim(out, whose, write=is_main())
+    for number in range(len(recipe.phases)):
+        module = PolicyModule(recipe, number, policy, len(val.classes.names))
         run_phase(module, policy, out / f"phase{number}", recipe.trainer, progress=progress)
-    save_weights(policy, out / WEIGHTS)
-    save_recipe(recipe, out)
-    report = policy_report(policy, val, tolerance=recipe.tolerance)
-    save_json(report, out / "val.json")
+    report: dict[str, Any] = {}
+    if is_main():
+        save_weights(policy, out / WEIGHTS)
+        report = policy_report(policy, val, tolerance=recipe.tolerance)
+        save_json(report, out / "val.json")
+    meet()
     return report
 
 
@@ -150,11 +169,34 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
     Raises:
         TokenstepError: the data, the policy's folder or the recipe is at fault.
     """
-    folder = LabelledFolder(
-        recipe.data.root, recipe.data.train_split, names=recipe.data.train_names
-    )
-    classes = folder.classes
+    folder = training_folder(recipe)
+    model = build_segmenter(recipe, folder)
+    policy = digest_of_weights(Path(recipe.policy_weights))
+    whose = resolved(recipe, pictures=digest_of_pictures(folder), policy=policy)
+    out = Path(recipe.out)
+    claim(out, whose, write=is_main())
+    weight = torch.ones(len(folder.classes.names))
+    if recipe.class_balance > 0:
+        weight = class_weights(count_pixels(folder), recipe.class_balance)
+    look = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
+    val = DataLoader(look, batch_size=1)
+    for number in range(len(recipe.phases)):
+        module = SegmenterModule(recipe, number, model, weight)
+        run_phase(module, model, out / f"phase{number}", recipe.trainer, val=val, progress=progress)
+    if is_main():
+        model.save_pretrained(out)
+    meet()
+    return model.eval()
+
+
+def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegmenter:
+    """The segmenter as it begins: an untrained ViT, and the policy frozen.
+
+    Raises:
+        TokenstepError: the policy's folder or the recipe is at fault.
+    """
     policy_config, state, patch = load_policy(Path(recipe.policy_weights))
+    classes = folder.classes
     config = ModelConfig(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings)
     torch.manual_seed(recipe.trainer.seed)
     try:
@@ -168,36 +210,15 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
         )
     model.policy.load_state_dict(state)
     model.policy.requires_grad_(False)
+    model.use(checkpointing=recipe.trainer.checkpointing)
     model.train()  # which leaves the frozen policy in eval mode; Lightning does not call it
-    weight = torch.ones(len(classes.names))
-    if recipe.class_balance > 0:
-        weight = class_weights(count_pixels(folder), recipe.class_balance)
-    look = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
-    val = DataLoader(look, batch_size=1)
-    out = Path(recipe.out)
-    for number, phase in enumerate(recipe.phases):
-        module = SegmenterModule(recipe, phase, model, weight)
-        run_phase(module, model, out / f"phase{number}", recipe.trainer, val=val, progress=progress)
-    model.save_pretrained(out)
-    save_recipe(recipe, out)
-    return model.eval()
+    return model
 
 
-def load_policy(folder: Path) -> tuple[PolicyConfig, dict[str, Tensor], int]:
-    """Settings, weights and patch of a policy that :func:`train_policy` wrote.
-
-    Raises:
-        TokenstepError: the folder holds no such policy.
-    """
-    try:
-        recipe = json.loads((folder / "recipe.json").read_text())
-        state = load_file(folder / WEIGHTS)
-        patch = int(recipe["patch"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise TokenstepError(
-            f"{folder}: holds no trained policy ({error}): run tokenstep train policy first"
-        ) from error
-    return from_dict(PolicyConfig, recipe["policy"], str(folder / "recipe.json")), state, patch
+def training_folder(recipe: PolicyRecipe | SegmenterRecipe) -> LabelledFolder:
+    """The pictures that a recipe trains on, as they are."""
+    data = recipe.data
+    return LabelledFolder(data.root, data.train_split, names=data.train_names)
 
 
 def count_pixels(folder: LabelledFolder) -> Tensor:
@@ -206,13 +227,3 @@ def count_pixels(folder: LabelledFolder) -> Tensor:
     for _, label in folder:
         total += torch.bincount(label.flatten().long(), minlength=256)
     return total[: len(folder.classes.names)]
-
-
-def save_recipe(recipe: PolicyRecipe | SegmenterRecipe, out: Path) -> None:
-    """Write the recipe as it was resolved beside the weights."""
-    save_json(dataclasses.asdict(recipe), out / "recipe.json")
-
-
-def save_json(data: object, path: Path) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=1) + "\n")

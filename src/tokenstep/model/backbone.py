@@ -30,12 +30,16 @@ def build_vit(config: VitConfig) -> Any:
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
         vit: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **given)
-    except TypeError as error:
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"backbone {config.name!r} cannot be built with {', '.join(given)} ({error}): choose a "
-            "plain ViT, see timm.list_models('vit_*')"
+            f"backbone {config.name!r} cannot be built with {', '.join(given)} ({reason}): choose "
+            "a plain ViT, see timm.list_models('vit_*')"
         ) from error
     require_supported(vit)
+    if vit.patch_embed.num_patches < 1:
+        patch = vit.patch_embed.patch_size
+        raise ValueError(f"image_size {config.image_size} is smaller than a patch of {patch}")
     table = vit.pos_embed
     if table is not None and table.shape[-1] % 4 == 0:
         cells = vit.patch_embed.num_patches

@@ -1,5 +1,6 @@
 """Stage 6 of 6: live tokens -> class scores; cells -> label map at picture size."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -90,29 +91,30 @@ class MaskDecoder(nn.Module):
         )
 
 
-BAND_FLOATS = 48 * 2**20  # 192 MiB of fp32 logits at picture resolution at a time
+BAND_FLOATS = 24 * 2**20  # 96 MiB of fp32 logits at picture resolution at a time
 
 
 def label_map(
-    values: Tensor, rows: Tensor, level: Tensor, *, patch: int, size: tuple[int, int]
+    values: Sequence[Tensor], rows: Tensor, level: Tensor, *, patch: int, size: tuple[int, int]
 ) -> Tensor:
     """Class of every pixel of one picture, ``(h, w)`` uint8.
 
-    ``values (T + A, S, C)`` are the logits of all tokens, ``rows (H, W)`` and ``level (H, W)``
-    say which one speaks for each cell. Sub-cell logits are scaled up bilinearly and the argmax is
-    taken band by band, so that logits at picture resolution never exist as a whole.
+    ``values`` are the logits ``(T, S, C)`` of the live tokens and, if any halted, theirs;
+    ``rows (H, W)``, which counts through both, and ``level (H, W)`` say which one speaks for each
+    cell. Sub-cell logits are scaled up bilinearly and the argmax is taken band by band, so that
+    logits at picture resolution never exist as a whole.
     """
-    side = round(values.shape[1] ** 0.5)
-    flat = values.flatten(0, 1)
+    side = round(values[0].shape[1] ** 0.5)
+    parts = [part.flatten(0, 1) for part in values]
     height, width = rows.shape
-    band = max(1, BAND_FLOATS // (patch * patch * width * flat.shape[1]))
-    labels = torch.empty(height * patch, width * patch, dtype=torch.uint8, device=flat.device)
+    band = max(1, BAND_FLOATS // (patch * patch * width * parts[0].shape[1]))
+    labels = torch.empty(height * patch, width * patch, dtype=torch.uint8, device=rows.device)
     index = sub_cell_index(rows, level, side)
     for first in range(0, height, band):
         last = min(first + band, height)
         # One cell more on either side, so that a band's edge is interpolated as its middle is.
         above, below = max(first - 1, 0), min(last + 1, height)
-        fine = flat[index[above * side : below * side]].permute(2, 0, 1)[None].float()
+        fine = _rows_of(parts, index[above * side : below * side]).permute(2, 0, 1)[None].float()
         # Class by class in memory, and max instead of argmax: on a CPU several times as fast.
         fine = fine.contiguous()
         target = ((below - above) * patch, width * patch)
@@ -120,3 +122,16 @@ def label_map(
         inner = full[:, (first - above) * patch : (last - above) * patch]
         labels[first * patch : last * patch] = inner.max(dim=0).indices
     return labels[: size[0], : size[1]]
+
+
+def _rows_of(parts: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Rows ``index`` of ``cat(parts)``, without making that copy of all logits."""
+    live = parts[0]
+    if len(parts) == 1:
+        return live[index]
+    halted = parts[1]
+    picked = live.new_empty(*index.shape, live.shape[1])
+    lives = index < len(live)
+    picked[lives] = live[index[lives]]
+    picked[~lives] = halted[index[~lives] - len(live)].to(live.dtype)
+    return picked

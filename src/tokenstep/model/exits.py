@@ -14,6 +14,8 @@ from tokenstep import ragged
 from tokenstep.reducers.base import Halt
 from tokenstep.tokens import PackedTokens
 
+BAND_ROWS = 2048  # rows classified at a time: 19 MiB of fp32 logits with 16 x 150 of them a row
+
 
 class TokenHead(nn.Module):
     """Norm and linear layer: features ``(T, D)`` -> logits ``(T, S, C)``."""
@@ -76,11 +78,25 @@ class EarlyPruning:
         if blocks_run not in self.exits.after:
             return None
         index = self.exits.after.index(blocks_run)
-        logits = self.exits(tokens.x, index)
-        confidence, predicted = confidence_of(logits / self.temperatures[index])
+        confidence, predicted = self.judged(tokens.x, index)
         # "not below" rather than "above": NaN halts, so that it is found in the final logits.
         passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
-        return Halt(passed & ~self.spared(tokens, confidence, predicted, passed), logits)
+        done = passed & ~self.spared(tokens, confidence, predicted, passed)
+        return Halt(done, self.exits(tokens.x[done], index))
+
+    @torch.no_grad()
+    def judged(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Confidence and class of the rows ``x (T, D)`` at exit ``index``, in bands of rows.
+
+        The logits of all rows at once can take more memory than the encoder, so they are made
+        anew for the few that halt.
+        """
+        found = [
+            confidence_of(self.exits(rows, index) / self.temperatures[index])
+            for rows in torch.split(x, BAND_ROWS)
+        ]
+        confidence, predicted = zip(*found, strict=True)
+        return torch.cat(confidence), torch.cat(predicted)
 
     def spared(
         self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, passed: Tensor

@@ -135,7 +135,10 @@ def build_trunk(config: PolicyConfig) -> nn.Module:
         ValueError: timm knows no such model, it takes pictures of one size only, or it lacks a
             stage.
     """
-    known = timm.get_pretrained_cfg(config.trunk) if timm.is_model(config.trunk) else None
+    try:
+        known = timm.get_pretrained_cfg(config.trunk) if timm.is_model(config.trunk) else None
+    except RuntimeError as error:  # the part of the name behind the point
+        raise ValueError(f"policy trunk {config.trunk!r} is not known: {error}") from error
     if known is None or known.fixed_input_size:
         raise ValueError(
             f"policy trunk {config.trunk!r} is not a timm CNN that takes pictures of any size"

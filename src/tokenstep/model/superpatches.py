@@ -13,6 +13,12 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 
+def grid_of(size: Sequence[int], patch: int) -> Grid:
+    """Patch grid ``(H, W)`` of a picture of ``size`` (h, w), rounded up."""
+    height, width = size
+    return -(-height // patch), -(-width // patch)
+
+
 def uniform(grids: Sequence[Grid], device: torch.device | None = None) -> Tensor:
     """The partition without merging: every cell of every picture is a single patch."""
     height, width = (max(side) for side in zip(*grids, strict=True))
@@ -71,11 +77,18 @@ def purity(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor
 
 def class_counts(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:
     """Valid pixels of each class in each square, ``(B, C, h // side, w // side)`` float."""
+    batch = len(labels)
     height, width = (length // side for length in labels.shape[1:])
     cut = labels[:, : height * side, : width * side].long()
-    onehot = F.one_hot(cut.where(cut != ignore, classes), classes + 1)[..., :classes]
-    squares = onehot.reshape(len(labels), height, side, width, side, classes)
-    return squares.sum((2, 4)).movedim(-1, 1).float()
+    row = torch.arange(height, device=labels.device).repeat_interleave(side).view(1, -1, 1)
+    column = torch.arange(width, device=labels.device).repeat_interleave(side)
+    picture = torch.arange(batch, device=labels.device).view(-1, 1, 1)
+    square = (picture * height + row) * width + column
+    # One count per square and class: one-hot labels would take as much memory per pixel.
+    key = square * (classes + 1) + cut.where(cut != ignore, classes)
+    counts = torch.bincount(key.flatten(), minlength=batch * height * width * (classes + 1))
+    counts = counts.view(batch, height, width, classes + 1)[..., :classes]
+    return counts.movedim(-1, 1).float()
 
 
 def padded_labels(labels: Tensor, patch: int) -> Tensor:

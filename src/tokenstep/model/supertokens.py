@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenstep import ragged
 from tokenstep.model.positions import pooled_positions
-from tokenstep.model.superpatches import Grid, uniform
+from tokenstep.model.superpatches import Grid, grid_of, uniform
 from tokenstep.tokens import PackedTokens
 
 
@@ -132,7 +132,7 @@ class Tokeniser(nn.Module):
         """
         if (context is None) != (self.context is None):
             raise ValueError("context must be given just where the model uses policy features")
-        grids = [self.grid_of(picture) for picture in pictures]
+        grids = [grid_of(picture.shape[-2:], self.patch) for picture in pictures]
         if not torch.equal(level >= 0, uniform(grids, level.device) >= 0):
             raise ValueError(
                 f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches"
@@ -164,11 +164,6 @@ class Tokeniser(nn.Module):
         x = torch.cat(features)
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
-
-    def grid_of(self, picture: Tensor) -> Grid:
-        """Patch grid ``(H, W)`` of a picture ``(..., h, w)``, rounded up."""
-        height, width = picture.shape[-2:]
-        return -(-height // self.patch), -(-width // self.patch)
 
     def _windows(self, canvas: Tensor, side: int, coarsest: int) -> Tensor:
         """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``."""

@@ -17,7 +17,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Decision to halt: mask ``done (T,)`` and the rows' ``logits (T, S, C)``."""
+    """Decision to halt: mask ``done (T,)`` and the final ``logits (A, S, C)`` of its rows."""
 
     done: Tensor
     logits: Tensor
