@@ -19,12 +19,8 @@ T = TypeVar("T")
 ASIDE = {
     "data": ("root", "workers", "cache"),
     "trainer": (
-        "accelerator",
-        "devices",
-        "checkpointing",
-        "save_every",
-        "val_every",
-        "val_pictures",
+        *("accelerator", "devices", "checkpointing"),
+        *("save_every", "val_every", "val_pictures"),
     ),
 }
 
