@@ -17,7 +17,7 @@ from conftest import CLASSES, PALETTE
 from PIL import Image
 from samples import labelled_folder, pattern, png_header
 
-from tokenstep import __version__, cli
+from tokenstep import __version__, cli, terminal
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load, shipped_models
@@ -406,16 +406,16 @@ def test_training_faults_are_one_line(refused: Callable[..., str], tmp_path: Pat
 def test_training_without_its_extra_says_what_to_install(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else name)
+    monkeypatch.setattr(terminal, "find_spec", lambda name: None if name == "lightning" else name)
     for verb in ("policy", "segmenter"):
         line = refused("train", verb, tmp_path / "a.toml")
         assert "lightning" in line and "tokenstep[train]" in line
 
 
 def test_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for terminal in (True, False):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        assert cli._progress().disable is not terminal
+    for shown in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
+        assert terminal.progress_bar().disable is not shown
 
 
 # --- calibrate and its knob -------------------------------------------------------------------
@@ -458,3 +458,27 @@ def test_segment_in_python_has_the_knob_too(saved: Path, photo: Path) -> None:
         model.segment(photo, max_loss=1)
     dense = model.segment(photo, max_loss=0)
     assert not isinstance(dense, list) and dense.tokens.start == dense.tokens.grid
+
+
+def test_compare_writes_a_table_and_a_figure(call: Call, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = labelled_folder(tmp_path / "set", CLASSES, [(40, 56), (17, 90)])
+    out = tmp_path / "compared"
+    options = ["--model", saved, "--data", data, "--also", saved, "--out", out]
+    code, stdout, err = call("compare", *options)
+    assert (code, err) == (0, "")
+    assert (out / "compare.md").read_text() == stdout
+    report = json.loads((out / "compare.json").read_text())
+    methods = [row["method"] for row in report["rows"]]
+    assert methods[0] == "dense" and methods[-1] == f"{saved}, dense" and "STEP" in methods
+    assert report["images"] == 2 and report["split"] == "test"
+    with Image.open(out / "compare.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_a_missing_extra_is_told(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "find_spec", lambda name: None)
+    line = refused("compare", "--data", tmp_path, "--out", tmp_path / "o")
+    assert "matplotlib" in line and "tokenstep[plot]" in line

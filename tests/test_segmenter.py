@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import scramble
 
+from tokenstep import segmenter as segmenter_module
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
@@ -226,3 +227,28 @@ def test_token_counts_add_up(model: StepSegmenter) -> None:
     assert set(np.unique(reduced.tokens.layer)) <= {1, 2, 3}
     assert reduced.cost.blocks < dense.cost.blocks
     assert dense.cost == dense.dense_cost == reduced.dense_cost
+
+
+def test_no_pictures_give_no_results(model: StepSegmenter) -> None:
+    assert model.segment([]) == []
+
+
+def test_the_policys_time_is_the_policys_in_the_dense_model_too(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(policy_features=True)
+    looked: list[str] = []
+    stages: list[str] = []
+    lap, look = segmenter_module._Clock.lap, model.policy.look
+    monkeypatch.setattr(
+        segmenter_module._Clock, "lap", lambda self, stage: (stages.append(stage), lap(self, stage))
+    )
+    monkeypatch.setattr(
+        model.policy, "look", lambda images: (looked.append(",".join(stages)), look(images))[1]
+    )
+    for settings in (DENSE, Settings((0.5, 0.5))):
+        stages.clear()
+        results = model.segment([torch.rand(3, 24, 40)] * 2, settings=settings)
+        assert looked.pop() == "prepare" and not looked
+        assert results[0].milliseconds == results[1].milliseconds
+        assert results[0].milliseconds is not results[1].milliseconds

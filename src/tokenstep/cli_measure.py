@@ -1,0 +1,145 @@
+"""The commands that measure on labelled pictures: evaluate, calibrate, compare."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenstep import tables
+from tokenstep.calibrate import calibrate
+from tokenstep.compare import compare, figure, markdown
+from tokenstep.data import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.evaluate import evaluate
+from tokenstep.measure import PARTITIONS, Run
+from tokenstep.options import (
+    Device,
+    Exits,
+    MaxLoss,
+    Merge,
+    ModelName,
+    Names,
+    Threads,
+    choose,
+    load_model,
+)
+from tokenstep.pictures import require_writable, write_text, write_whole
+from tokenstep.terminal import as_json, console, progress_bar, require_extra
+
+app = typer.Typer()
+
+
+@app.command("evaluate")
+def evaluate_command(
+    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    names: Names = None,
+    partition: Annotated[str, typer.Option(help=f"One of {', '.join(PARTITIONS)}.")] = "policy",
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Impurity that the oracle lets pass.")
+    ] = 0.0,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure dense and reduced side by side: mIoU, boundary IoU, tokens, GMAC, seconds."""
+    source = next((known for known in PARTITIONS if known == partition), None)
+    if source is None:
+        raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITIONS)}")
+    printed = json_file == Path("-")
+    if json_file is not None and not printed:
+        if json_file.is_dir():
+            raise TokenstepError(f"--json {json_file}: is a folder; name a file in it")
+        require_writable(json_file.parent)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    run = Run(settings, source, tolerance)
+    with progress_bar() as progress:
+        task = progress.add_task("evaluate", total=len(folder))
+        found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
+    of = {"model": model, "data": data.resolve().name, "split": split}
+    report = {**of, **found, "point": point and asdict(point)}
+    if printed:
+        print(as_json(report))
+        return
+    if json_file is not None:
+        write_text(json_file, as_json(report) + "\n")
+    console.print(tables.evaluated(report))
+
+
+@app.command("calibrate")
+def calibrate_command(
+    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibrated model.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="Never the one to report on.")] = "val",
+    names: Names = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Search the thresholds that cost least for what they lose, and store them in the model.
+
+    Killed, it goes on where it was when the same command is given again.
+    """
+    require_writable(out)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    with progress_bar() as progress:
+        tasks = {name: progress.add_task(name, total=None) for name in ("search", "confirm")}
+        found = calibrate(
+            network,
+            folder,
+            out / "calibration.notes.json",
+            progress=lambda stage, done, total: progress.update(
+                tasks[stage], completed=done, total=total
+            ),
+        )
+    network.save_pretrained(out)
+    report = {"model": model, "data": data.resolve().name, **found}
+    write_text(out / "calibration.json", as_json(report) + "\n")
+    console.print(tables.calibrated(report))
+    print(f"saved to {out}; try: tokenstep evaluate --model {out} --data DIR --max-loss 0.5")
+
+
+@app.command("compare")
+def compare_command(
+    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    out: Annotated[Path, typer.Option(help="Folder for compare.json, .md and .png.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    names: Names = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Another model of the same classes, run dense.")
+    ] = None,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure STEP beside what a user would do instead, all in one run: a table and a figure."""
+    require_extra("matplotlib", extra="plot")
+    require_writable(out)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    others = [(name, load_model(name, device, threads)) for name in also or []]
+    with progress_bar() as progress:
+        task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
+        rows = compare(
+            network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
+        )
+    of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
+    write_text(out / "compare.json", as_json({**of, "rows": rows}) + "\n")
+    write_text(out / "compare.md", markdown(rows))
+    title = f"{model} on {of['data']} {split}, {len(folder)} pictures"
+    write_whole(out / "compare.png", lambda path: figure(rows, path, title))
+    print(markdown(rows), end="")
