@@ -427,11 +427,13 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     data = labelled_folder(tmp_path / "set", CLASSES, [(160, 240)])
     out = tmp_path / "calibrated"
     options = ["--data", data, "--split", "test"]
-    code, stdout, err = call("calibrate", "--model", saved, "--out", out, *options)
+    code, stdout, err = call("calibrate", "--model", saved, "--half", "--out", out, *options)
     assert (code, err) == (0, "") and "points lost" in stdout and str(out) in stdout
     report = json.loads((out / "calibration.json").read_text())
     points = report["points"]
     assert points and report["images"] == 1 and report["exits"]["1"]["temperature"] > 0
+    whole, small = (path / "model.safetensors" for path in (saved, out))
+    assert small.stat().st_size < 0.6 * whole.stat().st_size
 
     boundless = ["--model", out, "--max-loss", "100", "--out", tmp_path / "o"]
     code, stdout, err = call("segment", photo, *boundless)

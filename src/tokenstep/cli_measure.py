@@ -82,6 +82,7 @@ def calibrate_command(
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="Never the one to report on.")] = "val",
     names: Names = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in fp16.")] = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -102,7 +103,7 @@ def calibrate_command(
                 tasks[stage], completed=done, total=total
             ),
         )
-    network.save_pretrained(out)
+    (network.half() if half else network).save_pretrained(out)
     report = {"model": model, "data": data.resolve().name, **found}
     write_text(out / "calibration.json", as_json(report) + "\n")
     console.print(tables.calibrated(report))
