@@ -63,8 +63,9 @@ DENSE = Settings()
 class OperatingPoint:
     """Settings with what they were measured to lose and to cost, on ``images`` of ``split``.
 
-    ``miou`` is 0 to 1, ``loss`` the points (hundredths) of mIoU below the dense model; ``gmac``
-    (all parts), ``tokens`` (at the start) and ``halted_share`` are means per picture.
+    ``miou`` is 0 to 1, ``loss`` the points (hundredths) of mIoU below the best that calibration
+    found, be it dense or not; ``gmac`` (all parts), ``tokens`` (at the start) and ``halted_share``
+    are means per picture.
     """
 
     settings: Settings
