@@ -83,25 +83,24 @@ def calibrate(
     for index, settings in enumerate([DENSE, *chosen]):
         progress("confirm", index, len(chosen) + 1)
         exact.append((settings, diary.measure(settings, folder)))
-    dense, best = exact[0][1], max(report["miou"] for _, report in exact)
+    reports = dict(exact)
+    best = max(report["miou"] for report in reports.values())
     split = folder.paths[0].parent.parent.name
-    points = [
-        operating_point(settings, report, best, split=split, images=len(folder))
-        for settings, report in exact[1:]
-        if settings in front(exact)
-    ]
-    points.sort(key=lambda point: point.gmac)
-    model.config = dataclasses.replace(model.config, points=tuple(points), settings=DENSE)
-    if points:
-        point = model.config.point_within(0.5)
-        own = DENSE if point is None else point.settings
-        model.config = dataclasses.replace(model.config, settings=own)
+    points = tuple(
+        operating_point(settings, reports[settings], best, split=split, images=len(folder))
+        for settings in front(exact)
+        if settings != DENSE
+    )
+    model.config = dataclasses.replace(model.config, points=points, settings=DENSE)
+    point = model.config.point_within(0.5) if points else None
+    if point is not None:
+        model.config = dataclasses.replace(model.config, settings=point.settings)
     return {
         "split": split,
         "images": len(folder),
         "search": dataclasses.asdict(search),
         "exits": found,
-        "dense": dense,
+        "dense": reports[DENSE],
         "points": [dataclasses.asdict(point) for point in points],
     }
 

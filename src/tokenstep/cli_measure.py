@@ -14,6 +14,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import evaluate
 from tokenstep.measure import PARTITIONS, Run
 from tokenstep.options import (
+    Data,
     Device,
     Exits,
     MaxLoss,
@@ -32,7 +33,7 @@ app = typer.Typer()
 
 @app.command("evaluate")
 def evaluate_command(
-    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    data: Data,
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     names: Names = None,
@@ -77,7 +78,7 @@ def evaluate_command(
 
 @app.command("calibrate")
 def calibrate_command(
-    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the calibrated model.")],
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="Never the one to report on.")] = "val",
@@ -112,7 +113,7 @@ def calibrate_command(
 
 @app.command("compare")
 def compare_command(
-    data: Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for compare.json, .md and .png.")],
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",

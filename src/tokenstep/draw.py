@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tokenstep.data import IGNORE
+
 Colour = tuple[int, int, int]
 
-IGNORE = 255
 MAX_SIDE = 2000  # px, long side of everything drawn here with a legend
 
 # Anchors of viridis: readable for colour-blind eyes, and steadily brighter, so in grey print too.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenstep.data import IGNORE
-from tokenstep.model.superpatches import padded_labels, purity
+from tokenstep.model.superpatches import padded_labels, purity, purity_bar
 from tokenstep.model.unmerge import unmerge
 from tokenstep.tokens import PackedTokens
 
@@ -21,7 +21,7 @@ def homogeneity_targets(
     is let pass; squares without a valid pixel count as homogeneous.
     """
     full = padded_labels(labels, patch)
-    bar = 1.0 - tolerance - 1e-6  # the share is a quotient of floats
+    bar = purity_bar(tolerance)
     return [purity(full, size * patch, classes, IGNORE) > bar for size in sizes]
 
 

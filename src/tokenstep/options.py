@@ -1,6 +1,7 @@
 """Options that several commands share, and what they stand for."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,6 +12,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 from tokenstep.segmenter import StepSegmenter
 
+Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
 ModelName = Annotated[
     str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
 ]

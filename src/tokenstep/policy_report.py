@@ -34,7 +34,8 @@ def policy_report(
         grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
         for row, size in enumerate(sizes):
             share = superpatches.purity(full, size * policy.patch, classes)
-            truth, chosen = share > 1 - tolerance - 1e-6, scores[row] > threshold
+            truth = share > superpatches.purity_bar(tolerance)
+            chosen = scores[row] > threshold
             counts = [(truth & chosen).sum(), chosen.sum(), truth.sum(), (share * chosen).sum()]
             left = _tokens([scores[row]], [size], threshold, grid)
             counted = [*map(float, counts), grid[0] * grid[1], left]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig
-from tokenstep.model.superpatches import Grid, level_of
+from tokenstep.model.superpatches import Grid, grid_of, level_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
 
@@ -62,8 +62,7 @@ class Policy(nn.Module):
 
     def look(self, images: Tensor) -> Sight:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
-        height, width = images.shape[2:]
-        grid = (-(-height // self.patch), -(-width // self.patch))
+        grid = grid_of(images.shape[2:], self.patch)
         coarsest = max(self.config.sizes)
         # Whole superpatches of the coarsest size, so that every map is an exact pooling of one.
         rows, columns = (-(-side // coarsest) * coarsest for side in grid)

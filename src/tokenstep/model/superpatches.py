@@ -75,6 +75,14 @@ def purity(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor
     return torch.where(valid > 0, counts.amax(dim=1) / valid.clamp(min=1), 1.0)
 
 
+def purity_bar(tolerance: float) -> float:
+    """What a :func:`purity` must be greater than for a square to count as pure.
+
+    "At least ``1 - tolerance``", safe against rounding, since the share is a quotient of floats.
+    """
+    return 1.0 - tolerance - 1e-6
+
+
 def class_counts(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:
     """Valid pixels of each class in each square, ``(B, C, h // side, w // side)`` float."""
     batch = len(labels)
@@ -113,9 +121,8 @@ def oracle(
     full = padded_labels(labels, patch)
     grid = (full.shape[1] // patch, full.shape[2] // patch)
     scores = [purity(full, size * patch, classes) for size in sizes]
-    # "at least" in terms of "greater than", safe against rounding of the share
-    bar = 1.0 - tolerance - 1e-6
-    return from_scores(scores, sizes, [bar] * len(sizes), uniform([grid] * batch, labels.device))
+    bars = [purity_bar(tolerance)] * len(sizes)
+    return from_scores(scores, sizes, bars, uniform([grid] * batch, labels.device))
 
 
 def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
