@@ -19,6 +19,7 @@ from tokenstep.calibrate import (
     combinations,
     front,
     merge_thresholds,
+    other_spares,
     spread,
 )
 from tokenstep.config import DENSE, Settings
@@ -73,13 +74,19 @@ def test_a_higher_price_merges_at_least_as_much(
 
 
 def test_every_way_to_halt_meets_every_merging() -> None:
-    search = Search(bars=(0.8, 0.9), spares=(0, 5))
+    search = Search(bars=(0.8, 0.9), spares=(5, 0))
     tried = combinations([(0.5,), (0.6,)], 2, search)
-    assert len(tried) == len(set(tried)) == 3 * (1 + 2 * 2 * 2) - 1
+    assert len(tried) == len(set(tried)) == 3 * (1 + 2 * 2) - 1
     assert DENSE not in tried
     for settings in tried:
         assert len(settings.exits) in (0, 2) and len(settings.merge) in (0, 1)
     assert combinations([], 0, search) == []
+    halting = [settings for settings in tried if settings.exits]
+    others = other_spares(tried, search)
+    assert [(one.merge, one.exits, 0) for one in halting] == [
+        (one.merge, one.exits, one.spare) for one in others
+    ]
+    assert other_spares(tried, Search(spares=(5,))) == []
 
 
 costs = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=30)

@@ -509,7 +509,7 @@ def test_muon_moves_the_matrices_and_adamw_the_rest(
     by_muon = {
         names[parameter]
         for group in optimizer.param_groups
-        if not group["use_fallback"]
+        if group["orthogonal"]
         for parameter in group["params"]
     }
     assert any("blocks.0.mlp.fc1.weight" in name for name in by_muon)

@@ -34,13 +34,13 @@ class Search:
 
     ``prices`` are impure patches that a superpatch may bring to be worth its saving, one set of
     merge thresholds each; ``bars`` are confidences at which tokens halt; ``spares`` how many of
-    each class stay. All combinations are measured on ``sample`` pictures and at most ``confirm``
-    of them on all.
+    each class stay. All combinations with the first of ``spares`` are measured on ``sample``
+    pictures, those that none beats with the other spares too, and at most ``confirm`` on all.
     """
 
     prices: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     bars: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.98)
-    spares: tuple[int, ...] = (5,)
+    spares: tuple[int, ...] = (5, 0, 20)
     sample: int = 20
     confirm: int = 14
 
@@ -78,6 +78,10 @@ def calibrate(
     for index, settings in enumerate(tried):
         progress("search", index, len(tried))
         rough.append((settings, diary.measure(settings, thin)))
+    others = other_spares(front(rough), search)
+    for index, settings in enumerate(others):
+        progress("search", len(tried) + index, len(tried) + len(others))
+        rough.append((settings, diary.measure(settings, thin)))
     chosen = spread(front(rough), search.confirm)
     exact = []
     for index, settings in enumerate([DENSE, *chosen]):
@@ -85,7 +89,7 @@ def calibrate(
         exact.append((settings, diary.measure(settings, folder)))
     reports = dict(exact)
     best = max(report["miou"] for report in reports.values())
-    split = folder.paths[0].parent.parent.name
+    split = folder.title
     points = tuple(
         operating_point(settings, reports[settings], best, split=split, images=len(folder))
         for settings in front(exact)
@@ -137,18 +141,26 @@ class Diary:
 
 
 def combinations(merges: Sequence[tuple[float, ...]], exits: int, search: Search) -> list[Settings]:
-    """All settings to try but the dense ones: every merging with every way to halt.
+    """All settings to try first but the dense ones: every merging with every way to halt.
 
     A way to halt is one bar for the last 1, 2, ... all exits; a bar of 1 never lets halt.
     """
-    halts = [((), 0)] + [
-        ((1.0,) * idle + (bar,) * (exits - idle), spare)
-        for idle in range(exits)
-        for bar in search.bars
-        for spare in search.spares
+    halts: list[tuple[float, ...]] = [()]
+    halts += [
+        (1.0,) * idle + (bar,) * (exits - idle) for idle in range(exits) for bar in search.bars
     ]
-    every = [Settings(merge, bars, spare) for merge in ((), *merges) for bars, spare in halts]
+    every = [Settings(merge, bars, search.spares[0]) for merge in ((), *merges) for bars in halts]
     return [settings for settings in dict.fromkeys(every) if settings.merge or settings.exits]
+
+
+def other_spares(settings: Sequence[Settings], search: Search) -> list[Settings]:
+    """Those of ``settings`` that let tokens halt, with each of the search's other spares."""
+    return [
+        dataclasses.replace(one, spare=spare)
+        for one in settings
+        if one.exits
+        for spare in search.spares[1:]
+    ]
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tokenstep import tables
-from tokenstep.calibrate import calibrate
+from tokenstep.calibrate import Search, calibrate
 from tokenstep.compare import compare, figure, markdown
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -83,6 +83,9 @@ def calibrate_command(
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="Never the one to report on.")] = "val",
     names: Names = None,
+    sample: Annotated[
+        int, typer.Option(min=1, help="Pictures to search on; the best are measured on all.")
+    ] = Search.sample,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in fp16.")] = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -100,6 +103,7 @@ def calibrate_command(
             network,
             folder,
             out / "calibration.notes.json",
+            search=Search(sample=sample),
             progress=lambda stage, done, total: progress.update(
                 tasks[stage], completed=done, total=total
             ),

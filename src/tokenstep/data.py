@@ -116,7 +116,7 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
     `transform` gets (image, label) and its answer is the item. `cache` keeps what was decoded in
     memory, so a transform must not change its input. Construction raises `TokenstepError` for a
     missing folder, classes, pictures or labels; reading an item does for a damaged file or a
-    label of another size than its picture.
+    label of another size than its picture. `title` is the split and its patterns, to print.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
         cache: bool = False,
     ) -> None:
         self.root = Path(root)
+        self.title = " ".join([split, *(names or ())])
         folder = _split_folder(self.root, split)
         self.classes = read_classes(self.root)
         self.paths = _pick(_pictures_of(folder / "images"), names, folder)
