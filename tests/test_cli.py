@@ -163,7 +163,7 @@ def test_all_done_is_zero_and_silent(call: Call, tmp_path: Path, saved: Path, ph
     assert (code, err) == (0, "") and "photo.png" in stdout
     (entry,) = report_in(out)
     assert set(entry) >= {"file", "width", "height", "tokens", "gmac", "milliseconds", "classes"}
-    assert set(entry["milliseconds"]) >= {"read", "policy", "encode", "decode", "write"}
+    assert set(entry["milliseconds"]) >= {"read", "policy", "embed", "decode", "write"}
     assert set(entry["gmac"]) >= {"dense", "used"} and set(entry["classes"]) == set(CLASSES)
     again = call("segment", photo, "--model", saved, "--out", out)
     assert again[0] == 0, "results may be written over"

@@ -17,7 +17,7 @@ from tokenstep.measure import PARTITIONS, Partition, Run
 from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
 from tokenstep.model.policy import Sight
-from tokenstep.network import Sights
+from tokenstep.network import Lap, Sights
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
 
@@ -46,10 +46,10 @@ def levels_of(
     whole = model.encode
 
     def encode(
-        normal: list[Tensor], level: Tensor, *, settings: Settings, sights: Sights
+        normal: list[Tensor], level: Tensor, *, settings: Settings, sights: Sights, lap: Lap
     ) -> object:
         seen.append(level)
-        return whole(normal, level, settings=settings, sights=sights)
+        return whole(normal, level, settings=settings, sights=sights, lap=lap)
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode", encode)

@@ -59,7 +59,7 @@ def test_one_entry_and_three_pictures_each_in_order(tmp_path: Path, model: StepS
         assert tokens["end"] + sum(tokens["halted"].values()) == tokens["start"] <= tokens["grid"]
         assert set(tokens["halted"]) == {"1", "2"}
         assert set(entry["gmac"]) >= {"dense", "used"}
-        assert set(entry["milliseconds"]) >= {"read", "policy", "encode", "decode", "write"}
+        assert set(entry["milliseconds"]) >= {"read", "policy", "embed", "decode", "write"}
         assert sum(entry["classes"].values()) == pytest.approx(1, abs=1e-4)
         with Image.open(tmp_path / "out" / f"{entry['name']}.labels.png") as labels:
             assert labels.size == (w, h) and labels.mode == "P"

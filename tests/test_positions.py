@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 
-from tokenstep.model.positions import pooled_positions, resampled, sincos_positions
+from tokenstep.model.positions import PooledPositions, resampled, sincos_positions
+from tokenstep.model.superpatches import level_of
 
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
 
@@ -52,7 +53,9 @@ def test_its_own_grid_is_left_as_it_is() -> None:
 def test_each_superpatch_has_the_mean_of_its_cells(grids: list[tuple[int, int]], side: int) -> None:
     grids = [*grids, (side, side)]  # at least one picture has such a superpatch
     maps = torch.randn(1, 6, 4, 4)
-    pooled = pooled_positions(maps, grids, side)
+    pooled = PooledPositions.of(maps, grids)
+    for _ in range(level_of(side) if side > 1 else 0):
+        pooled = pooled.halved()
     for index, grid in enumerate(grids):
         whole = resampled(maps, grid)
         for row in range(grid[0] // side):

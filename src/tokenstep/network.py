@@ -1,6 +1,6 @@
 """The pipeline in one forward: pictures -> partition -> tokens -> encoder -> logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,16 @@ from tokenstep.model.exits import EarlyPruning, ExitHeads
 from tokenstep.model.policy import Policy, Sight
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser
 from tokenstep.model.unmerge import rows_of_cells
-from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.base import Halt, Reducer
 from tokenstep.result import Segmented
+from tokenstep.tokens import PackedTokens
 
 Pictures = Tensor | Sequence[Tensor]
+Lap = Callable[[str], None]  # told the name of each stage when it ends
+
+
+def untimed(stage: str) -> None:
+    """The lap of a pipeline that nobody times."""
 
 
 class Sights:
@@ -60,7 +66,12 @@ class Sights:
         """Features ``(B, channels, H, W)`` on the largest grid of the batch, 0 outside."""
         height, width = (max(side) for side in zip(*(s.grid for _, s in self.groups), strict=True))
         fused = self.groups[0][1].fused
-        context = fused.new_zeros(len(self.normal), self.policy.channels, height, width)
+        context = torch.empty(
+            *(len(self.normal), self.policy.channels, height, width),
+            dtype=fused.dtype,
+            device=fused.device,
+            memory_format=torch.channels_last,  # a cell's features side by side
+        ).zero_()
         for members, sight in self.groups:
             rows, columns = sight.grid
             context[members, :, :rows, :columns] = self.policy.features(sight)
@@ -175,6 +186,7 @@ class StepNetwork(nn.Module):
         settings: Settings,
         sights: Sights | None = None,
         reducers: Sequence[Reducer] = (),
+        lap: Lap = untimed,
     ) -> Segmented:
         """Embed, run the blocks and exits, and classify the tokens of normalised pictures."""
         context = None
@@ -182,14 +194,18 @@ class StepNetwork(nn.Module):
             sights = self.look(normal) if sights is None else sights
             context = sights.context()
         tokens = self.tokenise(normal, level, context)
-        reducers = list(reducers)
+        lap("embed")
+        pruning = None
         if settings.exits:
             temperatures = self.config.temperatures
-            reducers.append(
-                EarlyPruning(self.exits, settings.exits, settings.spare, temperatures=temperatures)
+            pruning = EarlyPruning(
+                self.exits, settings.exits, settings.spare, temperatures=temperatures
             )
-        tokens, live = self.encoder(tokens, reducers)
+        timed = _TimedExits(self.exits.after, pruning, lap)
+        tokens, live = self.encoder(tokens, [*reducers, timed])
+        timed.end(len(live))
         logits = self.decoder(tokens)
+        lap("decode")
         sizes = tuple((picture.shape[-2], picture.shape[-1]) for picture in normal)
         return Segmented(tokens, logits, level, tuple(live), sizes)
 
@@ -257,3 +273,31 @@ class StepNetwork(nn.Module):
         super().train(mode)
         self.policy.eval()
         return self
+
+
+class _TimedExits:
+    """Prunes early if it is to, and tells of each group of blocks up to an exit, and of each exit.
+
+    A group's time holds what other reducers do in it.
+    """
+
+    def __init__(self, after: Sequence[int], pruning: EarlyPruning | None, lap: Lap) -> None:
+        self.after = after
+        self.pruning = pruning
+        self.lap = lap
+        self.first = 1
+
+    def __call__(self, tokens: PackedTokens, blocks_run: int) -> Halt | None:
+        if blocks_run not in self.after:
+            return None
+        self.end(blocks_run)
+        if self.pruning is None:
+            return None
+        decision = self.pruning(tokens, blocks_run)
+        self.lap(f"exit {blocks_run}")
+        return decision
+
+    def end(self, last: int) -> None:
+        """Tell of the blocks since the last exit."""
+        self.lap(f"blocks {self.first}-{last}")
+        self.first = last + 1

@@ -46,7 +46,7 @@ class Result:
     cost: Cost
     dense_cost: Cost  # of the same model without merging and exits
     patch: int  # pixels a side
-    milliseconds: dict[str, float]  # per stage: prepare, policy, encode, decode
+    milliseconds: dict[str, float]  # of each stage of the model, in order, per picture of the batch
 
     def shares(self) -> dict[str, float]:
         """Share of the pixels that each class holds, 0 to 1."""

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tokenstep.config import OperatingPoint
 
-_MODEL = ("prepare", "policy", "encode", "decode")  # the stages that are the model's own
+_FILES = ("read", "write")  # the stages that are not the model's own
 
 
 def segmented(entries: Sequence[dict[str, Any]]) -> Table:
@@ -28,11 +28,12 @@ def segmented(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _milliseconds(entry: dict[str, Any]) -> str:
-    used = sum(entry["milliseconds"][stage] for stage in _MODEL)
-    if "dense" not in entry:
-        return f"{used:.0f}"
-    dense = sum(entry["dense"]["milliseconds"][stage] for stage in _MODEL)
-    return f"{dense:.0f} -> {used:.0f}"
+    own = (entry, entry["dense"]) if "dense" in entry else (entry,)
+    used, *dense = (
+        sum(time for stage, time in one["milliseconds"].items() if stage not in _FILES)
+        for one in own
+    )
+    return f"{dense[0]:.0f} -> {used:.0f}" if dense else f"{used:.0f}"
 
 
 def evaluated(report: dict[str, Any]) -> Table:

@@ -97,7 +97,11 @@ class Policy(nn.Module):
         return torch.cat(maps, dim=1)[:, :, :height, :width]
 
     def read(self, images: Tensor, whole: Grid) -> Tensor:
-        """Pad to ``whole`` patches and scale to the resolution that the policy reads at."""
+        """Pad to ``whole`` patches and scale to the resolution that the policy reads at.
+
+        The result lies channels last in memory, and so does all that the CNN makes of it: on a
+        CPU that halves its time.
+        """
         height, width = images.shape[2:]
         full = (whole[0] * self.patch, whole[1] * self.patch)
         padding = (0, full[1] - width, 0, full[0] - height)
@@ -105,13 +109,14 @@ class Policy(nn.Module):
         strides = (max(1, round(side * self.config.scale / STRIDE)) for side in full)
         target = tuple(count * STRIDE for count in strides)
         if target == full:
-            return padded
+            return padded.contiguous(memory_format=torch.channels_last)
         if all(side % new == 0 for side, new in zip(full, target, strict=True)):
             step = (full[0] // target[0], full[1] // target[1])
-            return F.avg_pool2d(padded, step)
+            small = F.avg_pool2d(padded, step)
+            return small.contiguous(memory_format=torch.channels_last)
         # In fp32, since the CPU has no antialiased half-precision kernel.
         scaled = F.interpolate(padded.float(), target, mode="bilinear", antialias=True)
-        return scaled.to(images.dtype)
+        return scaled.to(images.dtype, memory_format=torch.channels_last)
 
     def fuse(self, maps: list[Tensor], whole: Grid) -> Tensor:
         """Fuse the trunk's maps top-down onto the grid of the finest superpatch size."""

@@ -8,37 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenstep.model.superpatches import Grid
+from tokenstep.model.superpatches import Grid, halved
 
 
 @dataclass(frozen=True, slots=True)
 class PooledPositions:
-    """Positions of the superpatches of one side, for all grids of a batch in one table."""
+    """Positions of the superpatches of one side, for all pictures of a batch."""
 
-    table: Tensor  # (sum of rows * columns over the distinct grids, D)
-    start: Tensor  # (B,) int64, row of the table at which the picture's grid starts
-    columns: Tensor  # (B,) int64, superpatches in a row of the picture's grid
+    maps: tuple[Tensor, ...]  # (1, D, rows, columns) of each distinct grid, in superpatches
+    which: Tensor  # (B,) int64: the map of each picture
+
+    @classmethod
+    def of(cls, maps: Tensor, grids: Sequence[Grid]) -> "PooledPositions":
+        """Those of single patches: ``maps (1, D, H0, W0)`` resampled to each picture's grid."""
+        distinct = list(dict.fromkeys(grids))
+        which = torch.tensor([distinct.index(grid) for grid in grids], device=maps.device)
+        return cls(tuple(resampled(maps, grid) for grid in distinct), which)
+
+    def halved(self) -> "PooledPositions":
+        """Those of superpatches of twice the side."""
+        return PooledPositions(tuple(halved(one) for one in self.maps), self.which)
 
     def at(self, picture: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Positions ``(n, D)`` of superpatches ``(row, column)``, counted in superpatches."""
-        return self.table[self.start[picture] + row * self.columns[picture] + column]
-
-
-def pooled_positions(maps: Tensor, grids: Sequence[Grid], side: int) -> PooledPositions:
-    """Resample ``maps (1, D, H0, W0)`` to each picture's grid and average over superpatches."""
-    tables: list[Tensor] = []
-    starts: dict[Grid, int] = {}
-    total = 0
-    for grid in dict.fromkeys(grids):
-        starts[grid] = total
-        if min(grid) < side:
-            continue  # no superpatch of this side fits into this picture
-        table = F.avg_pool2d(resampled(maps, grid), side)[0].flatten(1).T
-        tables.append(table)
-        total += len(table)
-    start = torch.tensor([starts[grid] for grid in grids], device=maps.device)
-    columns = torch.tensor([grid[1] // side for grid in grids], device=maps.device)
-    return PooledPositions(torch.cat(tables), start, columns)
+        shapes = torch.tensor([one.shape[2:] for one in self.maps], device=row.device)
+        start = (shapes.prod(1).cumsum(0) - shapes.prod(1))[self.which]
+        columns = shapes[:, 1][self.which]
+        table = torch.cat([one[0].flatten(1).T for one in self.maps])
+        return table[start[picture] + row * columns[picture] + column]
 
 
 def resampled(maps: Tensor, grid: Grid) -> Tensor:

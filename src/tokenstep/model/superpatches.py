@@ -64,6 +64,17 @@ def level_of(size: int) -> int:
     return size.bit_length() - 1
 
 
+def halved(maps: Tensor) -> Tensor:
+    """Mean of each 2x2 square of ``maps (B, C, H, W)``: ``(B, C, H // 2, W // 2)``.
+
+    On a CPU several times as fast as the pooling of torch.
+    """
+    height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2
+    upper, lower = maps[:, :, 0:height:2, :width], maps[:, :, 1:height:2, :width]
+    rows = upper + lower
+    return (rows[..., ::2] + rows[..., 1::2]) / 4
+
+
 def purity(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:
     """Share of each square's valid pixels that its most frequent class holds.
 

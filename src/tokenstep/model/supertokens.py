@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenstep import ragged
-from tokenstep.model.positions import pooled_positions
-from tokenstep.model.superpatches import Grid, grid_of, uniform
+from tokenstep.model.positions import PooledPositions
+from tokenstep.model.superpatches import Grid, grid_of, halved, uniform
 from tokenstep.tokens import PackedTokens
 
 
@@ -64,7 +64,8 @@ class ConvEmbed(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """``(n, 3, 2p, 2p)`` -> ``(n, D)``."""
-        return cast(Tensor, self.layers(windows))
+        # Channels last in memory: on a CPU the convolutions take a third less time.
+        return cast(Tensor, self.layers(windows.contiguous(memory_format=torch.channels_last)))
 
 
 class Tokeniser(nn.Module):
@@ -141,21 +142,27 @@ class Tokeniser(nn.Module):
         levels = [int(found) for found in torch.unique(level).tolist() if found >= 0]
         coarsest = 1 << max(levels)
         maps = self._position_maps()
+        positions = None if maps is None else PooledPositions.of(maps, grids)
         canvas = self.canvas(pictures, (height, width), coarsest)
         features, anchors, sizes = [], [], []
+        scaled, seen, reached = canvas, context, 0
         for rank in levels:
             side = 1 << rank
+            for _ in range(rank - reached):
+                scaled = halved(scaled)
+                seen = None if seen is None else halved(seen)
+                positions = None if positions is None else positions.halved()
+            reached = rank
             # Aligned squares: the top left cell of each superpatch lies on this stride.
             picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
-            x = self.embed(self._windows(canvas, side, coarsest)[picture, :, row, column])
+            x = self.embed(self._windows(scaled, side, coarsest)[picture, :, row, column])
             if self.sub_patches is not None and rank > 0:
                 where = (picture, row, column)
                 x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, where))
-            if self.context is not None and context is not None:
-                seen = F.avg_pool2d(context, side)[picture, :, row, column]
-                x = x + self.context(seen.to(x.dtype))
-            if maps is not None:
-                x = x + pooled_positions(maps, grids, side).at(picture, row, column)
+            if self.context is not None and seen is not None:
+                x = x + self.context(seen[picture, :, row, column].to(x.dtype))
+            if positions is not None:
+                x = x + positions.at(picture, row, column)
             features.append(x)
             anchors.append((picture * height + row * side) * width + column * side)
             sizes.append(torch.full_like(picture, side * side))
@@ -165,9 +172,11 @@ class Tokeniser(nn.Module):
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
 
-    def _windows(self, canvas: Tensor, side: int, coarsest: int) -> Tensor:
-        """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``."""
-        scaled = F.avg_pool2d(canvas, side) if side > 1 else canvas
+    def _windows(self, scaled: Tensor, side: int, coarsest: int) -> Tensor:
+        """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``.
+
+        ``scaled`` is the canvas, smaller by ``side``.
+        """
         start = self.margin * (coarsest // side) - self.margin
         cut = scaled[:, :, start:, start:]
         extent = self.patch + 2 * self.margin
