@@ -77,6 +77,30 @@ def calibrated(report: dict[str, Any]) -> Table:
     return table
 
 
+def benched(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per case, scope and way; ``share`` is the speed-up over the compute ratio."""
+    table = Table("size", "batch", "scope", "method")
+    for heading in ("ms, p50", "p95", "pictures/s", "GMAC", "x speed", "/ compute", "share"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        speed, compute = row["speedup"], row["compute_ratio"]
+        slower = row["method"] != "dense" and speed < 1
+        table.add_row(
+            row["size"],
+            str(row["batch"]),
+            row["scope"].replace("_", " "),
+            row["method"] + (" (slower than dense)" if slower else ""),
+            f"{row['latency_ms']['p50']:.1f}",
+            f"{row['latency_ms']['p95']:.1f}",
+            f"{row['throughput']:.2f}",
+            "-" if row["gmac"] is None else f"{row['gmac']:.2f}",
+            f"{speed:.2f}",
+            "-" if compute is None else f"{compute:.2f}",
+            "-" if compute is None else f"{speed / compute:.2f}",
+        )
+    return table
+
+
 def promise(point: OperatingPoint) -> str:
     """What an operating point was measured to lose, on what."""
     return (

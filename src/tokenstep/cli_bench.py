@@ -1,0 +1,100 @@
+"""The command that times: STEP, the dense model, and what else a user would run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenstep import tables
+from tokenstep.bench import Case, bench, gemm_rate, is_noise, machine, with_backbone
+from tokenstep.errors import TokenstepError
+from tokenstep.options import Device, Exits, MaxLoss, Merge, ModelName, Threads, choose, load_model
+from tokenstep.pictures import find_pictures, read_picture, require_writable, to_tensor, write_text
+from tokenstep.rivals import RIVALS
+from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
+
+app = typer.Typer()
+
+
+@app.command("bench")
+def bench_command(
+    pictures: Annotated[list[str], typer.Argument(help="Picture files, folders and globs.")],
+    model: ModelName = "road",
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Time this timm ViT with random weights and the model's policy."),
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT; may be repeated. [480x360, 960x720]")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures a batch; may be repeated. [1, 8]")
+    ] = None,
+    rival: Annotated[
+        list[str] | None, typer.Option(help=f"Also {', '.join(RIVALS)}; may be repeated.")
+    ] = None,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
+    force: Annotated[bool, typer.Option("--force", help="Time noise too.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Time STEP beside the dense model on real pictures, all ways in turn in one process."""
+    cases = [
+        Case(_size(one), count)
+        for one in size or ["480x360", "960x720"]
+        for count in batch or [1, 8]
+    ]
+    rivals = {}
+    for name in rival or []:
+        if name not in RIVALS:
+            raise TokenstepError(f"--rival {name}: choose from {', '.join(RIVALS)}")
+        make, packages = RIVALS[name]
+        require_extra(*packages, extra="bench")
+        rivals[f"dense, {name}"] = make
+    if json_file is not None:
+        require_writable(json_file.parent)
+    paths, faults = find_pictures(pictures)
+    for fault in faults.values():
+        complain(fault)
+    if not paths:
+        raise typer.Exit(2)
+    if not force and all(is_noise(to_tensor(read_picture(path))) for path in paths):
+        raise TokenstepError(
+            f"{paths[0]}: is noise, as all pictures given: there is nothing to merge in noise, and "
+            "times of it say nothing of pictures; give real ones, or --force"
+        )
+    network = load_model(model, device, threads)
+    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    if backbone is not None:
+        # Exits of random weights are never sure, so they only cost.
+        network, settings, point = with_backbone(network, backbone), settings.without_exits(), None
+    rows = []
+    with progress_bar() as progress:
+        for case in progress.track(cases, description="bench"):
+            rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
+    report = {
+        "machine": {**machine(network), "gemm_gmac_per_second": gemm_rate(network)},
+        "model": model,
+        "backbone": backbone,
+        "settings": asdict(settings),
+        "point": point and asdict(point),
+        "pictures": len(paths),
+        "rows": rows,
+    }
+    if json_file is not None:
+        write_text(json_file, as_json(report) + "\n")
+    console.print(tables.benched(rows))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise TokenstepError(f"--size {text}: give WIDTHxHEIGHT in pixels, as 960x720")
+    return int(height), int(width)
