@@ -427,9 +427,14 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     data = labelled_folder(tmp_path / "set", CLASSES, [(160, 240)])
     out = tmp_path / "calibrated"
     options = ["--data", data, "--split", "test"]
-    code, stdout, err = call("calibrate", "--model", saved, "--half", "--out", out, *options)
+    search = ["--prices", "0.4,9", "--bars", "0.4", "--sample", "1"]
+    code, stdout, err = call(
+        "calibrate", "--model", saved, "--half", "--out", out, *options, *search
+    )
     assert (code, err) == (0, "") and "points lost" in stdout and str(out) in stdout
     report = json.loads((out / "calibration.json").read_text())
+    tried = report["search"]
+    assert (tried["prices"], tried["bars"], tried["sample"]) == ([0.4, 9], [0.4], 1)
     points = report["points"]
     assert points and report["images"] == 1 and report["exits"]["1"]["temperature"] > 0
     whole, small = (path / "model.safetensors" for path in (saved, out))
@@ -450,6 +455,15 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     found = json.loads(stdout)
     assert code == 0 and found["point"] is None
     assert found["reduced"]["miou"] == found["dense"]["miou"]
+
+
+@pytest.mark.parametrize("option", ["--prices", "--bars"])
+def test_what_to_search_is_numbers(
+    refused: Callable[..., str], saved: Path, tmp_path: Path, option: str
+) -> None:
+    data = labelled_folder(tmp_path / "set", CLASSES, [(32, 48)])
+    options = ["--model", saved, "--data", data, "--split", "test", "--out", tmp_path / "o"]
+    assert f"{option} few: give numbers" in refused("calibrate", *options, option, "few")
 
 
 def test_segment_in_python_has_the_knob_too(saved: Path, photo: Path) -> None:

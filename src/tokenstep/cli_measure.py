@@ -24,6 +24,7 @@ from tokenstep.options import (
     Threads,
     choose,
     load_model,
+    numbers,
 )
 from tokenstep.pictures import require_writable, write_text, write_whole
 from tokenstep.terminal import as_json, console, progress_bar, require_extra
@@ -86,6 +87,12 @@ def calibrate_command(
     sample: Annotated[
         int, typer.Option(min=1, help="Pictures to search on; the best are measured on all.")
     ] = Search.sample,
+    prices: Annotated[
+        str, typer.Option(help="Impure patches that a superpatch may bring; a merging for each.")
+    ] = ",".join(map(str, Search.prices)),
+    bars: Annotated[str, typer.Option(help="Confidences at which tokens halt.")] = ",".join(
+        map(str, Search.bars)
+    ),
     half: Annotated[bool, typer.Option("--half", help="Store the weights in fp16.")] = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -95,6 +102,7 @@ def calibrate_command(
     Killed, it goes on where it was when the same command is given again.
     """
     require_writable(out)
+    search = Search(numbers("--prices", prices), numbers("--bars", bars), sample=sample)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     with progress_bar() as progress:
@@ -103,7 +111,7 @@ def calibrate_command(
             network,
             folder,
             out / "calibration.notes.json",
-            search=Search(sample=sample),
+            search=search,
             progress=lambda stage, done, total: progress.update(
                 tasks[stage], completed=done, total=total
             ),

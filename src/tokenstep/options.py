@@ -97,12 +97,21 @@ def _by_hand(model: StepSegmenter, merge: str | None, exits: str | None) -> Sett
 def _thresholds(option: str, text: str, of: tuple[int, ...], what: str) -> tuple[float, ...]:
     if text == "off":
         return ()
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise TokenstepError(f"{option} {text}: give numbers such as 0.6,0.6, or off") from error
+    values = numbers(option, text, "numbers such as 0.6,0.6, or off")
     if not of:
         raise TokenstepError(f"{option} {text}: the model has no {what}; leave {option} out")
     if len(values) != len(of):
         raise TokenstepError(f"{option} {text}: give {len(of)} values, one per {what} {of}")
     return values
+
+
+def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> tuple[float, ...]:
+    """The numbers of a list such as 0.6,0.6.
+
+    Raises:
+        TokenstepError: the text is no such list; says what is ``wanted``.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise TokenstepError(f"{option} {text}: give {wanted}") from error
