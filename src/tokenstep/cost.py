@@ -18,6 +18,8 @@ from tokenstep.model.attention import biased_width
 from tokenstep.model.decode import LinearDecoder, MaskDecoder
 from tokenstep.model.exits import ExitHeads
 from tokenstep.model.policy import Policy
+from tokenstep.model.superpatches import Grid
+from tokenstep.model.supertokens import Embed, SharedEmbed
 
 GIGA = 1e9
 
@@ -96,12 +98,19 @@ def policy_macs(
         return count_macs(policy if scores else policy.look, torch.empty(1, 3, *size))
 
 
-def embed_macs(embed: nn.Module, extent: int) -> int:
-    """Multiply-adds of embedding one window of ``extent`` pixels a side."""
+def embed_macs(embed: Embed, grid: Grid, tokens: int) -> int:
+    """Multiply-adds of embedding ``tokens`` superpatches of a picture of ``grid`` patches."""
+    if isinstance(embed, SharedEmbed):
+        rows, columns = grid
+        first, second = (part for part in embed.convs if isinstance(part, nn.Conv2d))
+        # Over the picture and a patch around it, four positions a patch and then two.
+        convs = (4 * rows + 7) * (4 * columns + 7) * first.weight.numel()
+        convs += (2 * rows + 3) * (2 * columns + 3) * second.weight.numel()
+        return convs + linear_macs(embed) * tokens
+    extent = embed.patch + 2 * embed.margin
     weight = next(embed.parameters())
-    return count_macs(
-        embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
-    )
+    window = torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
+    return count_macs(embed, window) * tokens
 
 
 def count_macs(module: Callable[[Tensor], object], x: Tensor) -> int:
