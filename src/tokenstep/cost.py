@@ -98,19 +98,26 @@ def policy_macs(
         return count_macs(policy if scores else policy.look, torch.empty(1, 3, *size))
 
 
-def embed_macs(embed: Embed, grid: Grid, tokens: int) -> int:
-    """Multiply-adds of embedding ``tokens`` superpatches of a picture of ``grid`` patches."""
+def token_macs(embed: Embed) -> int:
+    """Multiply-adds of embedding one superpatch."""
     if isinstance(embed, SharedEmbed):
-        rows, columns = grid
-        first, second = (part for part in embed.convs if isinstance(part, nn.Conv2d))
-        # Over the picture and a patch around it, four positions a patch and then two.
-        convs = (4 * rows + 7) * (4 * columns + 7) * first.weight.numel()
-        convs += (2 * rows + 3) * (2 * columns + 3) * second.weight.numel()
-        return convs + linear_macs(embed) * tokens
+        return linear_macs(embed)
     extent = embed.patch + 2 * embed.margin
     weight = next(embed.parameters())
-    window = torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
-    return count_macs(embed, window) * tokens
+    return count_macs(
+        embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
+    )
+
+
+def picture_macs(embed: Embed, grid: Grid) -> int:
+    """Multiply-adds of embedding on a picture of ``grid`` patches, however it is merged."""
+    if not isinstance(embed, SharedEmbed):
+        return 0
+    rows, columns = grid
+    first, second = (part for part in embed.convs if isinstance(part, nn.Conv2d))
+    # Over the picture and a patch around it, four positions a patch and then two.
+    fine = (4 * rows + 7) * (4 * columns + 7) * first.weight.numel()
+    return fine + (2 * rows + 3) * (2 * columns + 3) * second.weight.numel()
 
 
 def count_macs(module: Callable[[Tensor], object], x: Tensor) -> int:

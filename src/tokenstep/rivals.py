@@ -43,11 +43,11 @@ class DenseTwin(nn.Module):
         prefix = tokenise.prefix_count
         table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.dim)
         with torch.no_grad():
-            maps = tokenise._position_maps()
+            maps = tokenise.position_maps()
             if maps is not None:
                 table[:, prefix:] = resampled(maps, self.grid).flatten(2).transpose(1, 2)
             if prefix:
-                table[:, :prefix] = tokenise._prefix()
+                table[:, :prefix] = tokenise.prefix_rows()
         self.register_buffer("table", table.to(next(model.parameters())), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -150,8 +151,7 @@ class StepSegmenter(
         # The side path embeds every patch inside a superpatch, and projects their mean.
         merged = segmented.level[index].clamp(min=0)
         patches, supertokens = int((merged > 0).sum()), int(token_counts(merged[merged > 0][None]))
-        embed, grid = self.tokenise.embed, grid_of(segmented.sizes[index], self.patch)
-        aside = cost.embed_macs(embed, grid, patches) - cost.embed_macs(embed, grid, 0)
+        aside = self._token_macs * patches
         aside += cost.linear_macs(self.tokenise.sub_patches) * supertokens
         return replace(total, embed=total.embed + aside / cost.GIGA)
 
@@ -165,13 +165,14 @@ class StepSegmenter(
         self, size: tuple[int, int], live: Sequence[int], end: int, *, policy: bool, exits: bool
     ) -> Cost:
         embedded = live[0] - self.tokenise.prefix_count
-        embed_macs = cost.embed_macs(self.tokenise.embed, grid_of(size, self.patch), embedded)
+        embed_macs = cost.picture_macs(self.tokenise.embed, grid_of(size, self.patch))
+        embed_macs += (self._token_macs + self._context_macs) * embedded
         policy_macs = 0
         if policy or self.config.vit.policy_features:
             policy_macs = cost.policy_macs(self.config.policy, self.patch, size, scores=policy)
         return Cost(
             policy=policy_macs / cost.GIGA,
-            embed=(embed_macs + self._context_macs * embedded) / cost.GIGA,
+            embed=embed_macs / cost.GIGA,
             blocks=cost.blocks_macs(
                 list(self.encoder.blocks), live, size_bias=self.config.vit.size_bias
             )
@@ -183,6 +184,10 @@ class StepSegmenter(
     @property
     def _context_macs(self) -> int:
         return cost.linear_macs(self.tokenise.context) if self.tokenise.context is not None else 0
+
+    @cached_property
+    def _token_macs(self) -> int:
+        return cost.token_macs(self.tokenise.embed)
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]

@@ -137,16 +137,8 @@ class SharedEmbed(nn.Module):
 
     def smaller(self, maps: Tensor) -> Tensor:
         """Every second position, smoothed by 1/4, 1/2, 1/4 along both axes."""
-        for axis in (2, 3):
-            places = range(maps.shape[axis] - 2)
-            before, at, behind = (
-                maps.narrow(axis, start, len(places))[
-                    (slice(None),) * axis + (slice(None, None, 2),)
-                ]
-                for start in range(3)
-            )
-            maps = (before + behind) / 4 + at / 2
-        return maps
+        rows = (maps[:, :, :-2:2] + maps[:, :, 2::2]) / 4 + maps[:, :, 1:-1:2] / 2
+        return (rows[..., :-2:2] + rows[..., 2::2]) / 4 + rows[..., 1:-1:2] / 2
 
     def windows(self, maps: Tensor, side: int, coarsest: int) -> Tensor:
         """View of every superpatch of ``side``: ``(B, C, rows, columns, 3, 3)``."""
@@ -233,7 +225,7 @@ class Tokeniser(nn.Module):
         _, height, width = level.shape
         levels = [int(found) for found in torch.unique(level).tolist() if found >= 0]
         coarsest = 1 << max(levels)
-        maps = self._position_maps()
+        maps = self.position_maps()
         positions = None if maps is None else PooledPositions.of(maps, grids)
         canvas = self.canvas(pictures, (height, width), coarsest)
         features, anchors, sizes = [], [], []
@@ -278,7 +270,7 @@ class Tokeniser(nn.Module):
         embedded = cast(Tensor, self.embed(patches.flatten(0, 2)))
         return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
 
-    def _position_maps(self) -> Tensor | None:
+    def position_maps(self) -> Tensor | None:
         """Position embedding of the cells at its own grid, ``(1, D, H0, W0)``."""
         if self.pos_embed is None:
             return None
@@ -301,7 +293,7 @@ class Tokeniser(nn.Module):
         source = torch.empty(rows, dtype=torch.int64, device=x.device)
         source[place] = order + count
         source[prefix] = torch.arange(count, device=x.device).expand(batch, count)
-        table = torch.cat([self._prefix().to(x.dtype), x]) if count else x
+        table = torch.cat([self.prefix_rows().to(x.dtype), x]) if count else x
         return PackedTokens(
             x=table[source],
             offsets=offsets,
@@ -310,7 +302,7 @@ class Tokeniser(nn.Module):
             owner=owners(level),
         )
 
-    def _prefix(self) -> Tensor:
+    def prefix_rows(self) -> Tensor:
         """CLS and register rows with their positions, ``(prefix_count, D)``."""
         parts = [part[0] for part in (self.cls_token, self.reg_token) if part is not None]
         prefix = torch.cat(parts)
