@@ -18,7 +18,6 @@ VARIANTS = (
     {},
     {"cells": 2},
     {"stem": "conv"},
-    {"stem": "shared"},
     {"decoder": "mask"},
     {"decoder": "mask", "cells": 4},
     {"size_bias": True},

@@ -41,7 +41,7 @@ def test_label_maps_have_the_pictures_sizes_and_do_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (7, 9), (2000, 5)])
-@pytest.mark.parametrize("stem", ["linear", "conv", "shared"])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
 @pytest.mark.parametrize("decoder", ["linear", "mask"])
 def test_pictures_of_any_size(
     tiny_model: TinyModel, size: tuple[int, int], stem: str, decoder: str
@@ -145,7 +145,7 @@ def test_thresholds_must_fit_the_model(model: StepNetwork) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stem", ["linear", "conv", "shared"])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
 @pytest.mark.parametrize("decoder", ["linear", "mask"])
 def test_half_precision_weights_run(
     tiny_model: TinyModel, dtype: torch.dtype, stem: str, decoder: str
@@ -157,7 +157,7 @@ def test_half_precision_weights_run(
         assert len(model.label_maps(out)) == 2
 
 
-@pytest.mark.parametrize("stem", ["linear", "conv", "shared"])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
 @pytest.mark.parametrize("decoder", ["linear", "mask"])
 def test_autocast_runs_forward_and_backward(tiny_model: TinyModel, stem: str, decoder: str) -> None:
     model = tiny_model(stem=stem, decoder=decoder, sub_patches=True, size_bias=True).train()

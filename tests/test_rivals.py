@@ -35,7 +35,6 @@ def agreement(model: StepSegmenter, labels: Tensor, images: Tensor) -> float:
         {"stem": "conv"},
         {"policy_features": True, "cells": 4, "stem": "conv"},
         {"cells": 2, "image_size": (64, 64)},
-        {"stem": "shared"},
     ],
 )
 def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, object]) -> None:

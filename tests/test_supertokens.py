@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenstep.model import superpatches
 from tokenstep.model.positions import resampled
-from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, SharedEmbed, Tokeniser, owners
+from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser, owners
 from tokenstep.tokens import PackedTokens
 
 SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=3)
@@ -21,9 +21,7 @@ def tokeniser(
     torch.manual_seed(2)
     shape = {"patch_size": patch, "img_size": (32, 48), "depth": 1, "num_classes": 0, **changes}
     vit = timm.create_model("test_vit", **shape)
-    embed = LinearEmbed(vit.patch_embed)
-    if stem != "linear":
-        embed = {"conv": ConvEmbed, "shared": SharedEmbed}[stem](patch, vit.embed_dim)
+    embed = LinearEmbed(vit.patch_embed) if stem == "linear" else ConvEmbed(patch, vit.embed_dim)
     built = Tokeniser(vit, embed, sub_patches=sub_patches)
     zero = built.sub_patches
     built.sub_patches = None
@@ -39,34 +37,11 @@ def grids_of(build: Tokeniser, pictures: list[Tensor]) -> list[tuple[int, int]]:
 
 def one_window(build: Tokeniser, picture: Tensor, top: int, left: int, side: int) -> Tensor:
     """The picture around one superpatch, scaled down by its side; its border goes on outside."""
-    reach, patch = build.embed.margin * side, build.patch
+    reach, patch = build.margin * side, build.patch
     far = F.pad(picture[None], (200, 1000, 200, 1000), mode="replicate")[0]
     rows = slice(200 + top * patch - reach, 200 + (top + side) * patch + reach)
     columns = slice(200 + left * patch - reach, 200 + (left + side) * patch + reach)
     return F.avg_pool2d(far[None, :, rows, columns], side)[0]
-
-
-def shared_window(build: Tokeniser, picture: Tensor, top: int, left: int, side: int) -> Tensor:
-    """Nine positions of one superpatch, each the mean of those around it by their nearness."""
-    patch, reach = build.patch, 80
-    far = F.pad(picture[None], (reach, 160, reach, 160), mode="replicate")
-    positions = build.embed.convs(far)[0]
-    nearness = 1 - torch.arange(1 - side, side).abs() / side
-    weight = nearness[:, None] * nearness / side**2
-    first = reach // (patch // 2) - 1  # the position at the picture's corner
-    rows = [
-        torch.stack(
-            [
-                (positions[:, y - side + 1 : y + side, x - side + 1 : x + side] * weight).sum(
-                    (1, 2)
-                )
-                for x in (first + 2 * left + step * side for step in range(3))
-            ],
-            dim=1,
-        )
-        for y in (first + 2 * top + step * side for step in range(3))
-    ]
-    return torch.stack(rows, dim=1)
 
 
 def reference(build: Tokeniser, picture: Tensor, level: Tensor) -> Tensor:
@@ -80,14 +55,13 @@ def reference(build: Tokeniser, picture: Tensor, level: Tensor) -> Tensor:
         for column in range(width):
             side = 2 ** int(level[row, column])
             if row % side == 0 and column % side == 0:
-                cut = shared_window if isinstance(build.embed, SharedEmbed) else one_window
-                window = cut(build, picture, row, column, side)
+                window = one_window(build, picture, row, column, side)
                 place = table[0, :, row : row + side, column : column + side].mean((1, 2))
                 rows.append(build.embed(window[None])[0] + place)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("stem", ["linear", "conv", "shared"])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
 @settings(max_examples=8)
 @given(SIZES)
 def test_supertokens_equal_cutting_and_scaling_each_superpatch(
@@ -106,7 +80,7 @@ def test_supertokens_equal_cutting_and_scaling_each_superpatch(
 
 
 @settings(max_examples=10)
-@given(SIZES, st.sampled_from(["linear", "conv", "shared"]), st.booleans())
+@given(SIZES, st.sampled_from(["linear", "conv"]), st.booleans())
 def test_a_picture_does_not_see_its_batch(
     sizes: list[tuple[int, int]], stem: str, sub_patches: bool
 ) -> None:

@@ -84,8 +84,7 @@ class VitConfig:
 
     ``name`` is any timm ViT with global attention; ``patch``, ``depth`` and ``image_size`` (h, w;
     the grid of the position table) override its own where given. ``stem`` "conv" puts a small
-    convolutional stem on each superpatch in place of its patch embedding, "shared" one that runs
-    over the whole picture once; ``policy_features`` adds what the policy's
+    convolutional stem in place of its patch embedding; ``policy_features`` adds what the policy's
     CNN saw to every token (it then runs for the dense model too); ``sub_patches`` adds a
     zero-initialised projection of its patches to a supertoken; ``size_bias`` lets it weigh as its
     patches in attention. ``exits`` are counts of blocks run; ``cells`` is the side of the
@@ -96,7 +95,7 @@ class VitConfig:
     patch: int | None = None
     depth: int | None = None
     image_size: tuple[int, int] | None = None
-    stem: Literal["linear", "conv", "shared"] = "linear"
+    stem: Literal["linear", "conv"] = "linear"
     policy_features: bool = False
     sub_patches: bool = False
     size_bias: bool = False

@@ -18,8 +18,6 @@ from tokenstep.model.attention import biased_width
 from tokenstep.model.decode import LinearDecoder, MaskDecoder
 from tokenstep.model.exits import ExitHeads
 from tokenstep.model.policy import Policy
-from tokenstep.model.superpatches import Grid
-from tokenstep.model.supertokens import Embed, SharedEmbed
 
 GIGA = 1e9
 
@@ -98,26 +96,12 @@ def policy_macs(
         return count_macs(policy if scores else policy.look, torch.empty(1, 3, *size))
 
 
-def token_macs(embed: Embed) -> int:
-    """Multiply-adds of embedding one superpatch."""
-    if isinstance(embed, SharedEmbed):
-        return linear_macs(embed)
-    extent = embed.patch + 2 * embed.margin
+def embed_macs(embed: nn.Module, extent: int) -> int:
+    """Multiply-adds of embedding one window of ``extent`` pixels a side."""
     weight = next(embed.parameters())
     return count_macs(
         embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
     )
-
-
-def picture_macs(embed: Embed, grid: Grid) -> int:
-    """Multiply-adds of embedding on a picture of ``grid`` patches, however it is merged."""
-    if not isinstance(embed, SharedEmbed):
-        return 0
-    rows, columns = grid
-    first, second = (part for part in embed.convs if isinstance(part, nn.Conv2d))
-    # Over the picture and a patch around it, four positions a patch and then two.
-    fine = (4 * rows + 7) * (4 * columns + 7) * first.weight.numel()
-    return fine + (2 * rows + 3) * (2 * columns + 3) * second.weight.numel()
 
 
 def count_macs(module: Callable[[Tensor], object], x: Tensor) -> int:

@@ -20,7 +20,7 @@ from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
 from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported
 from tokenstep.model.exits import EarlyPruning, ExitHeads
 from tokenstep.model.policy import Policy, Sight
-from tokenstep.model.supertokens import ConvEmbed, Embed, LinearEmbed, SharedEmbed, Tokeniser
+from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser
 from tokenstep.model.unmerge import rows_of_cells
 from tokenstep.reducers.base import Halt, Reducer
 from tokenstep.result import Segmented
@@ -96,9 +96,9 @@ class StepNetwork(nn.Module):
         self.patch = patch
         dim, cells = int(vit.embed_dim), config.vit.cells
         run = EncoderSettings(size_bias=config.vit.size_bias)
-        embed: Embed = LinearEmbed(vit.patch_embed)
-        if config.vit.stem != "linear":
-            embed = (ConvEmbed if config.vit.stem == "conv" else SharedEmbed)(patch, dim)
+        embed: nn.Module = LinearEmbed(vit.patch_embed)
+        if config.vit.stem == "conv":
+            embed = ConvEmbed(patch, dim)
         self.policy = Policy(config.policy, patch)
         context = self.policy.channels if config.vit.policy_features else 0
         self.tokenise = Tokeniser(vit, embed, sub_patches=config.vit.sub_patches, context=context)

@@ -18,7 +18,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.model.decode import LinearDecoder
 from tokenstep.model.positions import resampled
 from tokenstep.model.superpatches import grid_of
-from tokenstep.model.supertokens import LinearEmbed, SharedEmbed
+from tokenstep.model.supertokens import ConvEmbed, LinearEmbed
 from tokenstep.network import StepNetwork
 
 Rival = Callable[[Tensor], Tensor]
@@ -72,23 +72,18 @@ class DenseTwin(nn.Module):
         bottom, right = (
             cells * patch - side for cells, side in zip(self.grid, self.size, strict=True)
         )
-        # Where it is shared, windows begin half a patch outside, as they do on each patch.
-        margin = patch // 2 if isinstance(embed, SharedEmbed) else embed.margin
+        margin = self.model.tokenise.margin
         edges = (margin, right + margin, margin, bottom + margin)
         canvas = F.pad(normal, edges, mode="replicate") if max(edges) else normal
         if isinstance(embed, LinearEmbed):
             x = F.conv2d(canvas, embed.proj.weight, embed.proj.bias, stride=patch)
             return cast(Tensor, embed.norm(x.flatten(2).transpose(1, 2)))
-        if isinstance(embed, SharedEmbed):
-            convs, (linear, norm) = embed.convs, list(embed.project)
-        else:
-            layers = list(embed.layers)
-            convs, linear, norm = nn.Sequential(*layers[:4]), layers[5], layers[6]
+        layers = list(cast(ConvEmbed, embed).layers)
+        x = layers[3](layers[2](layers[1](layers[0](canvas))))
         # The layer that reads the 3 x 3 positions of a patch, as a convolution over all of them.
-        weight = cast(nn.Linear, linear).weight
-        kernel = weight.view(len(weight), -1, 3, 3)
-        x = F.conv2d(convs(canvas), kernel, cast(nn.Linear, linear).bias, stride=2)
-        return cast(Tensor, norm(x.flatten(2).transpose(1, 2)))
+        linear = cast(nn.Linear, layers[5])
+        x = F.conv2d(x, linear.weight.view(len(linear.weight), -1, 3, 3), linear.bias, stride=2)
+        return cast(Tensor, layers[6](x.flatten(2).transpose(1, 2)))
 
     def labels(self, logits: Tensor) -> Tensor:
         """``logits (B, H * W, S * C)`` -> ``(B, h, w)`` uint8."""

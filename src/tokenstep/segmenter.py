@@ -151,7 +151,7 @@ class StepSegmenter(
         # The side path embeds every patch inside a superpatch, and projects their mean.
         merged = segmented.level[index].clamp(min=0)
         patches, supertokens = int((merged > 0).sum()), int(token_counts(merged[merged > 0][None]))
-        aside = self._token_macs * patches
+        aside = self._embed_macs * patches
         aside += cost.linear_macs(self.tokenise.sub_patches) * supertokens
         return replace(total, embed=total.embed + aside / cost.GIGA)
 
@@ -165,14 +165,12 @@ class StepSegmenter(
         self, size: tuple[int, int], live: Sequence[int], end: int, *, policy: bool, exits: bool
     ) -> Cost:
         embedded = live[0] - self.tokenise.prefix_count
-        embed_macs = cost.picture_macs(self.tokenise.embed, grid_of(size, self.patch))
-        embed_macs += (self._token_macs + self._context_macs) * embedded
         policy_macs = 0
         if policy or self.config.vit.policy_features:
             policy_macs = cost.policy_macs(self.config.policy, self.patch, size, scores=policy)
         return Cost(
             policy=policy_macs / cost.GIGA,
-            embed=embed_macs / cost.GIGA,
+            embed=(self._embed_macs + self._context_macs) * embedded / cost.GIGA,
             blocks=cost.blocks_macs(
                 list(self.encoder.blocks), live, size_bias=self.config.vit.size_bias
             )
@@ -186,8 +184,8 @@ class StepSegmenter(
         return cost.linear_macs(self.tokenise.context) if self.tokenise.context is not None else 0
 
     @cached_property
-    def _token_macs(self) -> int:
-        return cost.token_macs(self.tokenise.embed)
+    def _embed_macs(self) -> int:
+        return cost.embed_macs(self.tokenise.embed, self.patch + 2 * self.tokenise.margin)
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]

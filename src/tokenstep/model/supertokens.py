@@ -20,42 +20,13 @@ from tokenstep.model.superpatches import Grid, grid_of, halved, uniform
 from tokenstep.tokens import PackedTokens
 
 
-class WindowEmbed(nn.Module):
-    """What embeds windows of a picture that is scaled down by the superpatch's side.
-
-    A window holds the superpatch and ``margin`` pixels around it.
-    """
-
-    def __init__(self, patch: int, margin: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.margin = margin
-
-    def edge(self, coarsest: int) -> int:
-        """Pixels around the picture that superpatches of side ``coarsest`` look at."""
-        return self.margin * coarsest
-
-    def maps(self, canvas: Tensor, coarsest: int) -> Tensor:
-        """What single patches are cut from: the canvas ``(B, 3, h, w)`` itself."""
-        return canvas
-
-    def smaller(self, maps: Tensor) -> Tensor:
-        """What superpatches of twice the side are cut from."""
-        return halved(maps)
-
-    def windows(self, maps: Tensor, side: int, coarsest: int) -> Tensor:
-        """View of every superpatch of ``side``: ``(B, 3, rows, columns, k, k)``."""
-        start = self.margin * (coarsest // side) - self.margin
-        cut = maps[:, :, start:, start:]
-        extent = self.patch + 2 * self.margin
-        return cut.unfold(2, extent, self.patch).unfold(3, extent, self.patch)
-
-
-class LinearEmbed(WindowEmbed):
+class LinearEmbed(nn.Module):
     """timm's patch embedding on patches ``(n, 3, p, p)`` that were cut out before."""
 
+    margin = 0
+
     def __init__(self, patch_embed: PatchEmbed) -> None:
-        super().__init__(int(patch_embed.patch_size[0]), margin=0)
+        super().__init__()
         self.proj = patch_embed.proj
         self.norm = patch_embed.norm
 
@@ -65,7 +36,7 @@ class LinearEmbed(WindowEmbed):
         return cast(Tensor, self.norm(F.linear(windows.flatten(1), weight, self.proj.bias)))
 
 
-class ConvEmbed(WindowEmbed):
+class ConvEmbed(nn.Module):
     """A small convolutional stem on each patch and half a patch around it; ours.
 
     It helps a ViT that is trained from scratch on few pictures to see edges (early convolutions,
@@ -76,7 +47,8 @@ class ConvEmbed(WindowEmbed):
     """
 
     def __init__(self, patch: int, dim: int, width: int = 32) -> None:
-        super().__init__(patch, margin=patch // 2)
+        super().__init__()
+        self.margin = patch // 2
         step = patch // 4
         if patch % 2 or step == 0 or not 7 <= 2 * patch // step - 1 <= 8:
             raise ValueError(f"the conv stem runs on patches of 4, 8, 14, 16 or 32 px, not {patch}")
@@ -96,71 +68,15 @@ class ConvEmbed(WindowEmbed):
         return cast(Tensor, self.layers(windows.contiguous(memory_format=torch.channels_last)))
 
 
-class SharedEmbed(nn.Module):
-    """Convolutions once over the whole picture, of which each superpatch reads 3x3 positions; ours.
-
-    Positions lie half a patch apart: at the edges and in the middle of each patch. For
-    superpatches their map is smoothed and thinned, so that a supertoken sees what its patches
-    would, averaged, and not a picture that was scaled down. Early convolutions as in arXiv
-    2106.14881.
-
-    Raises:
-        ValueError: the patch is no multiple of 4.
-    """
-
-    def __init__(self, patch: int, dim: int, width: int = 32) -> None:
-        super().__init__()
-        step = patch // 4
-        if patch % 4 or step == 0:
-            raise ValueError(f"the shared stem runs on patches of whole 4 px, not {patch}")
-        self.patch = patch
-        self.convs = nn.Sequential(
-            nn.Conv2d(3, width, 2 * step, stride=step),
-            nn.GELU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2),
-            nn.GELU(),
-        )
-        self.project = nn.Sequential(nn.Linear(2 * width * 9, dim), nn.LayerNorm(dim))
-
-    def edge(self, coarsest: int) -> int:
-        """Pixels around the picture that the outermost position looks at."""
-        return self.patch
-
-    def maps(self, canvas: Tensor, coarsest: int) -> Tensor:
-        """Positions from ``1 - coarsest`` on, of which 0 is the picture's corner.
-
-        Where a position sees nothing but border pixels repeated outwards, so do those behind it,
-        and the same ones.
-        """
-        found = self.convs(canvas.contiguous(memory_format=torch.channels_last))
-        return F.pad(found, [max(coarsest, 2) - 2] * 4, mode="replicate")
-
-    def smaller(self, maps: Tensor) -> Tensor:
-        """Every second position, smoothed by 1/4, 1/2, 1/4 along both axes."""
-        rows = (maps[:, :, :-2:2] + maps[:, :, 2::2]) / 4 + maps[:, :, 1:-1:2] / 2
-        return (rows[..., :-2:2] + rows[..., 2::2]) / 4 + rows[..., 1:-1:2] / 2
-
-    def windows(self, maps: Tensor, side: int, coarsest: int) -> Tensor:
-        """View of every superpatch of ``side``: ``(B, C, rows, columns, 3, 3)``."""
-        start = max(coarsest, 2) // side - 1
-        return maps[:, :, start:, start:].unfold(2, 3, 2).unfold(3, 3, 2)
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """``(n, C, 3, 3)`` -> ``(n, D)``."""
-        return cast(Tensor, self.project(windows.flatten(1)))
-
-
-Embed = LinearEmbed | ConvEmbed | SharedEmbed
-
-
 class Tokeniser(nn.Module):
     """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them."""
 
     def __init__(
-        self, vit: VisionTransformer, embed: Embed, *, sub_patches: bool, context: int = 0
+        self, vit: VisionTransformer, embed: nn.Module, *, sub_patches: bool, context: int = 0
     ) -> None:
         super().__init__()
         self.embed = embed
+        self.margin = cast(int, embed.margin)
         self.patch = int(vit.patch_embed.patch_size[0])
         self.table_grid: Grid = tuple(vit.patch_embed.grid_size)
         self.cls_token = vit.cls_token
@@ -191,7 +107,7 @@ class Tokeniser(nn.Module):
         Beyond its own border a picture goes on as its border pixel for as far as the canvas goes:
         so what a window sees there does not depend on the other pictures.
         """
-        edge = self.embed.edge(coarsest)
+        edge = self.margin * coarsest
         height, width = (side * self.patch for side in grid)
         return torch.stack(
             [
@@ -229,21 +145,20 @@ class Tokeniser(nn.Module):
         positions = None if maps is None else PooledPositions.of(maps, grids)
         canvas = self.canvas(pictures, (height, width), coarsest)
         features, anchors, sizes = [], [], []
-        whole = self.embed.maps(canvas, coarsest)
-        scaled, seen, reached = whole, context, 0
+        scaled, seen, reached = canvas, context, 0
         for rank in levels:
             side = 1 << rank
             for _ in range(rank - reached):
-                scaled = self.embed.smaller(scaled)
+                scaled = halved(scaled)
                 seen = None if seen is None else halved(seen)
                 positions = None if positions is None else positions.halved()
             reached = rank
             # Aligned squares: the top left cell of each superpatch lies on this stride.
             picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
-            x = self.embed(self.embed.windows(scaled, side, coarsest)[picture, :, row, column])
+            x = self.embed(self._windows(scaled, side, coarsest)[picture, :, row, column])
             if self.sub_patches is not None and rank > 0:
                 where = (picture, row, column)
-                x = x + self.sub_patches(self._sub_patch_mean(whole, side, coarsest, where))
+                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, where))
             if self.context is not None and seen is not None:
                 x = x + self.context(seen[picture, :, row, column].to(x.dtype))
             if positions is not None:
@@ -257,16 +172,25 @@ class Tokeniser(nn.Module):
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
 
+    def _windows(self, scaled: Tensor, side: int, coarsest: int) -> Tensor:
+        """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``.
+
+        ``scaled`` is the canvas, smaller by ``side``.
+        """
+        start = self.margin * (coarsest // side) - self.margin
+        cut = scaled[:, :, start:, start:]
+        extent = self.patch + 2 * self.margin
+        return cut.unfold(2, extent, self.patch).unfold(3, extent, self.patch)
+
     def _sub_patch_mean(
-        self, whole: Tensor, side: int, coarsest: int, where: tuple[Tensor, Tensor, Tensor]
+        self, canvas: Tensor, side: int, coarsest: int, where: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
         """Mean embedding of the single patches within each superpatch, ``(n, D)``."""
         picture, row, column = where
         inner = torch.arange(side, device=row.device)
         rows = (row[:, None] * side + inner)[:, :, None]
         columns = (column[:, None] * side + inner)[:, None, :]
-        windows = self.embed.windows(whole, 1, coarsest)
-        patches = windows[picture[:, None, None], :, rows, columns]
+        patches = self._windows(canvas, 1, coarsest)[picture[:, None, None], :, rows, columns]
         embedded = cast(Tensor, self.embed(patches.flatten(0, 2)))
         return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
 
