@@ -105,6 +105,26 @@ def test_comparing_reports_the_dense_model_beside(tmp_path: Path, model: StepSeg
 # --- faults -----------------------------------------------------------------------------------
 
 
+def test_large_pictures_are_cut_where_it_is_asked_for_or_memory_needs_it(
+    tmp_path: Path, model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = draw(tmp_path / "in", [(40, 150), (40, 100), (300, 40)])
+
+    def windows(job: SegmentJob) -> list[int]:
+        return [entry["windows"] for entry in segment_files(model, paths, job)]
+
+    out = tmp_path / "out"
+    assert windows(SegmentJob(out, REDUCED, batch=3)) == [1, 1, 1]
+    asked = windows(SegmentJob(out, REDUCED, batch=3, tile=128))
+    assert asked[1] == 1 < asked[0] < asked[2]
+    kept = labels_in(out)
+    monkeypatch.setattr(infer, "WINDOW", 128)
+    monkeypatch.setattr(infer, "fits", lambda model, images: max(images[0].shape) < 150)
+    assert windows(SegmentJob(out, REDUCED)) == asked
+    for name, labels in labels_in(out).items():
+        assert np.array_equal(labels, kept[name])
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_unreadable_pictures_have_an_error_and_the_others_go_on(
     tmp_path: Path, model: StepSegmenter, batch: int

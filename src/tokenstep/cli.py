@@ -27,6 +27,7 @@ from tokenstep.options import (
 from tokenstep.pictures import find_pictures, require_writable, write_text
 from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
+from tokenstep.tiles import require_side
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,6 +79,14 @@ def segment(
     max_side: Annotated[
         int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
     ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Segment larger pictures in overlapping windows of this side. [2048, for what "
+            "would not fit in memory]",
+        ),
+    ] = None,
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
@@ -91,10 +100,12 @@ def segment(
     paths, entries = _find(pictures)
     network = load_model(model, device, threads)
     settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
+    if tile is not None:
+        require_side(network, tile)
     require_writable(out)
     for entry in entries:
         complain(entry["error"])
-    job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare)
+    job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare, tile=tile)
     with progress_bar() as progress:
         for entry in progress.track(
             segment_files(network, paths, job), total=len(paths), description="segment"
@@ -107,6 +118,9 @@ def segment(
     done = [entry for entry in entries if "error" not in entry]
     if done:
         console.print(tables.segmented(done))
+        for entry in done:
+            if entry["windows"] > 1:
+                print(f"{entry['file']}: in {entry['windows']} overlapping windows")
         if point is not None:
             print(tables.promise(point))
         print(f"results in {out}")

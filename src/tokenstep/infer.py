@@ -20,6 +20,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.pictures import read_picture, to_tensor, write_whole
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
+from tokenstep.tiles import WINDOW, fits, segment_tiled
 
 Report = dict[str, Any]
 
@@ -30,7 +31,8 @@ class SegmentJob:
 
     ``max_side`` scales larger pictures down before the model (their label map is scaled back to
     the picture's size); ``compare`` also runs the dense model and reports its time and how many
-    pixels agree.
+    pixels agree. ``tile`` segments larger pictures in overlapping windows of that side; without it
+    those are, in windows of 2048 px, that do not fit in memory.
     """
 
     out: Path
@@ -38,6 +40,7 @@ class SegmentJob:
     batch: int = 1
     max_side: int | None = None
     compare: bool = False
+    tile: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,22 +157,36 @@ def _segment(
     if not pictures:
         return []
     images = [picture.scaled for picture in pictures]
+    tile = job.tile
+    if tile is None and not fits(model, images):
+        if len(pictures) > 1:
+            return [done for picture in pictures for done in _segment(model, [picture], job)]
+        tile = WINDOW
     try:
         dense: Sequence[Result | None] = [None] * len(images)
         if job.compare:
-            dense = model.segment_batch(images, settings=DENSE)
-        results = model.segment_batch(images, settings=job.settings)
+            dense = _results(model, images, DENSE, tile)
+        results = _results(model, images, job.settings, tile)
     except TokenstepError as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = "does not fit in memory; scale it down, as --max-side does"
+        reason = "does not fit in memory; give a smaller --tile, or scale it down by --max-side"
     else:
         return [_Segmented(*row) for row in zip(pictures, results, dense, strict=True)]
     if len(pictures) == 1:
         return [_failed(pictures[0].path, reason)]
     return [done for picture in pictures for done in _segment(model, [picture], job)]
+
+
+def _results(
+    model: StepSegmenter, images: Sequence[Tensor], settings: Settings, tile: int | None
+) -> list[Result]:
+    """Results of a batch, or of one picture after the other in windows of ``tile``."""
+    if tile is None or all(max(image.shape) <= tile for image in images):
+        return model.segment_batch(images, settings=settings)
+    return [segment_tiled(model, image, side=tile, settings=settings) for image in images]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

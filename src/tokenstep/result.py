@@ -47,6 +47,7 @@ class Result:
     dense_cost: Cost  # of the same model without merging and exits
     patch: int  # pixels a side
     milliseconds: dict[str, float]  # of each stage of the model, in order, per picture of the batch
+    windows: int = 1  # that the picture was cut into
 
     def shares(self) -> dict[str, float]:
         """Share of the pixels that each class holds, 0 to 1."""
@@ -61,6 +62,7 @@ class Result:
         return {
             "width": width,
             "height": height,
+            "windows": self.windows,
             "tokens": {
                 "grid": tokens.grid,
                 "start": tokens.start,
