@@ -13,17 +13,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tokenstep import cli
-from tokenstep.bench import (
-    SCOPES,
-    Case,
-    Spent,
-    bench,
-    fit,
-    fitting,
-    is_noise,
-    settle,
-    with_backbone,
-)
+from tokenstep.bench import SCOPES, Spent, bench, exponent, growth, settle, with_backbone
+from tokenstep.cases import Case, fit, fitting, is_noise
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.segmenter import StepSegmenter
@@ -80,7 +71,9 @@ def test_each_row_is_related_to_the_dense_row_of_its_scope(
         assert other["gmac"] is None and other["compute_ratio"] is None
     expected = model.segment_batch([fit_of(photos[0])], settings=DENSE)[0].cost.total
     assert rows[0]["gmac"] == pytest.approx(expected)
-    assert "read" not in rows[0]["stages"] and "read" in rows[4]["stages"]
+    assert rows[0]["gmac"] == pytest.approx(sum(rows[0]["gmac_of"].values()))
+    assert rows[0]["stages"]["read"] < rows[4]["stages"]["read"], "files take longer than memory"
+    assert all(row["peak_mib"] is None or row["method"] != "other" for row in rows)
     assert sum(rows[1]["stages"].values()) <= 2 * rows[1]["latency_ms"]["p95"]
     json.dumps(rows, allow_nan=False)
 
@@ -117,12 +110,36 @@ def test_noise_is_told_from_pictures() -> None:
 def test_warming_up_ends_when_times_agree_or_patience_does() -> None:
     def turns(times: list[float]) -> object:
         for time in times:
-            yield {"dense": (time, Spent(None, {}))}
+            yield {"dense": (time, Spent({}, {}))}
 
     steady = turns([100.0] * 5 + [50.0] * 5 + [50.5] * 5 + [9.0] * 99)
-    assert settle(steady)  # type: ignore[arg-type]
+    assert settle(steady, 60.0)  # type: ignore[arg-type]
     assert next(steady)["dense"][0] == 9.0  # type: ignore[call-overload]
-    assert not settle(turns([2.0**step for step in range(40)]))  # type: ignore[arg-type]
+    assert not settle(turns([2.0**step for step in range(40)]), 60.0)  # type: ignore[arg-type]
+    slow = turns([100.0, 50.0, 9.0])
+    assert not settle(slow, 0.0)  # type: ignore[arg-type]
+    assert next(slow)["dense"][0] == 50.0, "a window without time is one round"  # type: ignore[call-overload]
+
+
+def test_growth_is_the_power_of_the_pixels() -> None:
+    assert exponent([1.0, 10.0, 100.0], [3.0, 30.0, 300.0]) == pytest.approx(1)
+    rows = [
+        {
+            "method": method,
+            "scope": "model",
+            "batch": 1,
+            "size": f"{side}x{side}",
+            "latency_ms": {"p50": 0.3 * (side**2) ** power},
+            "peak_mib": None if method == "rival" else side**2,
+        }
+        for method, power, sides in (("dense", 1.7, (8, 16, 32)), ("rival", 1.0, (8, 16, 32, 64)))
+        for side in sides
+    ]
+    dense, rival = growth(rows)
+    assert (dense["method"], rival["method"]) == ("dense", "rival")
+    assert dense["time"] == pytest.approx(1.7) and dense["memory"] == pytest.approx(1.0)
+    assert rival["time"] == pytest.approx(1.0) and rival["memory"] is None
+    assert growth(rows[:2]) == [], "two points fit any power"
 
 
 def test_a_backbone_takes_the_policy_along(model: StepSegmenter) -> None:
@@ -144,7 +161,7 @@ def test_the_command_writes_what_it_prints(
     report = json.loads(out.read_text())
     assert report["machine"]["gemm_gmac_per_second"] > 0 and report["pictures"] == 3
     assert {(row["size"], row["batch"]) for row in report["rows"]} == {("64x48", 1)}
-    assert all(f"{row['throughput']:.2f}"[:3] in done.output for row in report["rows"])
+    assert all(f"{row['throughput']:.3g}" in done.output for row in report["rows"])
 
 
 @pytest.mark.parametrize(

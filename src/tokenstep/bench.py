@@ -4,52 +4,41 @@ All ways of a case take turns in one process, so that a busy machine is busy for
 a batch holds different pictures, and the next round has others.
 """
 
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from tokenstep import __version__
+from tokenstep.cases import Case, Load, batches_of, fitting
 from tokenstep.config import DENSE, Settings, VitConfig
 from tokenstep.errors import TokenstepError
-from tokenstep.pictures import read_picture, to_tensor
+from tokenstep.machine import peak_mib
 from tokenstep.rivals import MakeRival, Rival
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.transforms import to_float
 
 SCOPES = ("model", "end_to_end")
 WINDOW, AGREE, PATIENCE = 5, 0.02, 8  # rounds; until medians agree so; or after so many windows
-NOISE = 0.5  # correlation of neighbouring pixels below which a picture is noise
-
-
-@dataclass(frozen=True)
-class Case:
-    """Pictures of ``size`` (h, w), ``batch`` of them at a time."""
-
-    size: tuple[int, int]
-    batch: int
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What one batch took beside its time: GMAC, where known, and milliseconds of each stage."""
+    """What one batch took beside its time: GMAC by part and milliseconds by stage, where known."""
 
-    gmac: float | None
+    gmac: dict[str, float]
     stages: dict[str, float]
 
 
-Run = Callable[[Sequence[Tensor]], Spent]  # segments uint8 pictures (3, h, w), all of one size
+Way = Callable[[Sequence[Tensor]], Spent]  # segments uint8 pictures (3, h, w), all of one size
 
 
 def bench(
@@ -58,144 +47,137 @@ def bench(
     case: Case,
     settings: Settings,
     *,
-    rivals: dict[str, MakeRival] | None = None,
+    rivals: Mapping[str, MakeRival] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
     """One row per way and scope, dense first; the ways take turns for ``seconds`` each, or once.
 
     The scope "model" begins with uint8 pictures of the size in memory, "end_to_end" with files;
     both end with label maps in memory. ``speedup`` and ``compute_ratio`` are against the dense row
-    of the same scope. Pictures are cut to the shape of the case and scaled down, never up.
+    of the same scope. ``peak_mib`` is what one batch held above what was held before; None for
+    rivals, which keep what they once took. Pictures are cut to the shape of the case and scaled
+    down, never up.
 
     Raises:
         TokenstepError: fewer pictures are large enough than a batch holds, or a file cannot be
             read.
     """
     files, pictures = fitting(paths, case)
-    runs = ways(model, case, settings, rivals or {})
+    device = next(model.parameters()).device
+    runs = ways(model, case, settings) | {
+        name: _other(make(model, case.size, case.batch)) for name, make in rivals.items()
+    }
     rows = []
     for scope in SCOPES:
         with torch.inference_mode():
-            turns = rounds(runs, files, pictures, case, scope)
-            settled = settle(turns)
+            batches = batches_of(files, pictures, case, scope)
+            turns = rounds(runs, batches)
+            settled = settle(turns, seconds * len(runs))
             taken: dict[str, list[tuple[float, Spent]]] = {method: [] for method in runs}
             started = perf_counter()
             while not taken["dense"] or perf_counter() - started < seconds * len(runs):
                 for method, found in next(turns).items():
                     taken[method].append(found)
-        rows += [row(method, scope, case, taken[method], settled) for method in runs]
-        dense = rows[-len(runs)]
-        for one in rows[-len(runs) :]:
-            one["speedup"] = dense["latency_ms"]["p50"] / one["latency_ms"]["p50"]
-            one["compute_ratio"] = dense["gmac"] / one["gmac"] if one["gmac"] else None
+            peaks = {
+                method: None if method in rivals else peak_of(run, next(batches), device)
+                for method, run in runs.items()
+            }
+        made = [row(method, scope, case, taken[method]) for method in runs]
+        for one in made:
+            one |= {"peak_mib": peaks[one["method"]], "settled": settled}
+            one |= against(made[0], one)
+        rows += made
     return rows
 
 
-def fitting(paths: Sequence[Path], case: Case) -> tuple[list[Path], list[Tensor]]:
-    """The files that are large enough for a case, and their pictures at its size.
-
-    Raises:
-        TokenstepError: they are fewer than a batch holds, or one cannot be read.
-    """
-    found = [(path, fit(to_tensor(read_picture(path)), case.size)) for path in paths]
-    large = [(path, picture) for path, picture in found if picture is not None]
-    if len(large) < case.batch:
-        height, width = case.size
-        raise TokenstepError(
-            f"{width}x{height}: {len(large)} of {len(paths)} pictures are that large, a batch of "
-            f"{case.batch} needs {case.batch}: give more or larger ones, what is scaled up has no "
-            "detail"
-        )
-    return [path for path, _ in large], [picture for _, picture in large]
+def peak_of(way: Way, load: Load, device: torch.device) -> float | None:
+    """The most memory that one batch takes in MiB, reading included."""
+    return peak_mib(lambda: way(load()), device)
 
 
-def fit(picture: Tensor, size: tuple[int, int]) -> Tensor | None:
-    """Cut the middle of ``picture (3, h, w)`` in the shape of ``size`` and scale it down to it.
-
-    None where the picture would have to be scaled up.
-    """
-    factor = min(picture.shape[1] / size[0], picture.shape[2] / size[1])
-    if factor < 1:
-        return None
-    cut = tvf.center_crop(picture, [round(side * factor) for side in size])
-    scaled: Tensor = tvf.resize(cut, list(size), antialias=True)
-    return scaled
+def against(dense: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    """How much faster and cheaper a row is than the dense one."""
+    return {
+        "speedup": dense["latency_ms"]["p50"] / one["latency_ms"]["p50"],
+        "compute_ratio": dense["gmac"] / one["gmac"] if one["gmac"] else None,
+    }
 
 
-def is_noise(picture: Tensor) -> bool:
-    """Whether neighbouring pixels of ``picture (3, h, w)`` tell little of one another."""
-    grey = picture.float().mean(0)
-    left, right = grey[:, :-1].flatten(), grey[:, 1:].flatten()
-    if len(left) < 2 or min(float(left.std()), float(right.std())) == 0:
-        return False  # one colour is no noise
-    return float(torch.corrcoef(torch.stack([left, right]))[0, 1]) < NOISE
-
-
-def ways(
-    model: StepSegmenter, case: Case, settings: Settings, rivals: dict[str, MakeRival]
-) -> dict[str, Run]:
-    """Every way to run a case, by its name; dense is the first."""
+def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]:
+    """Every way of ``model`` itself to run a case, by its name; dense is the first."""
     half = [max(1, side // 2) for side in case.size]
 
-    def own(settings: Settings, scale: list[int] | None = None) -> Run:
+    def own(settings: Settings) -> Way:
         def run(pictures: Sequence[Tensor]) -> Spent:
-            if scale is not None:
-                pictures = [tvf.resize(one, scale, antialias=True) for one in pictures]
             results = model.segment_batch(pictures, settings=settings)
-            stages = {
-                stage: sum(result.milliseconds[stage] for result in results)
-                for stage in results[0].milliseconds
-            }
-            return Spent(sum(result.cost.total for result in results), stages)
+            stages = results[0].milliseconds
+            return Spent(
+                _summed([asdict(result.cost) for result in results]),
+                {stage: time * len(results) for stage, time in stages.items()},
+            )
 
         return run
 
-    def other(rival: Rival) -> Run:
-        def run(pictures: Sequence[Tensor]) -> Spent:
-            rival(torch.stack([to_float(one) for one in pictures]))
-            return Spent(None, {})
+    def at_half(pictures: Sequence[Tensor]) -> Spent:
+        start = perf_counter()
+        small = [tvf.resize(one, half, antialias=True) for one in pictures]
+        shrunk = perf_counter()
+        results = model.segment_batch(small, settings=DENSE)
+        ended = perf_counter()
+        for result in results:
+            labels = torch.from_numpy(result.labels)[None]
+            tvf.resize(labels, list(case.size), interpolation=InterpolationMode.NEAREST_EXACT)
+        scaling = 1000 * (shrunk - start + perf_counter() - ended)
+        stages = {stage: time * len(results) for stage, time in results[0].milliseconds.items()}
+        cost = _summed([asdict(result.cost) for result in results])
+        return Spent(cost, {"scale": scaling} | stages)
 
-        return run
+    return {"dense": own(DENSE), "STEP": own(settings), "dense at 0.5 x the sides": at_half}
 
-    found = {
-        "dense": own(DENSE),
-        "STEP": own(settings),
-        "dense at 0.5 x the sides": own(DENSE, half),
-    }
-    return found | {
-        name: other(make(model, case.size, case.batch)) for name, make in rivals.items()
-    }
+
+def _other(rival: Rival) -> Way:
+    def run(pictures: Sequence[Tensor]) -> Spent:
+        rival(torch.stack([to_float(one) for one in pictures]))
+        return Spent({}, {})
+
+    return run
+
+
+def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 def rounds(
-    runs: dict[str, Run],
-    files: Sequence[Path],
-    pictures: Sequence[Tensor],
-    case: Case,
-    scope: str,
+    runs: dict[str, Way], batches: Iterator[Load]
 ) -> Iterator[dict[str, tuple[float, Spent]]]:
     """Run all ways in turn on one batch after the other: milliseconds, and what was spent."""
-    for turn in count():
-        batch = [(turn * case.batch + place) % len(files) for place in range(case.batch)]
+    for load in batches:
         timed = {}
         for method, run in runs.items():
             start = perf_counter()
-            if scope == "model":
-                spent = run([pictures[index] for index in batch])
-            else:
-                read = [fit(to_tensor(read_picture(files[index])), case.size) for index in batch]
-                reading = {"read": 1000 * (perf_counter() - start)}
-                spent = run([one for one in read if one is not None])
-                spent = Spent(spent.gmac, reading | spent.stages)
-            timed[method] = (1000 * (perf_counter() - start), spent)
+            pictures = load()
+            read = perf_counter()
+            spent = run(pictures)
+            total = perf_counter() - start
+            stages = {"read": 1000 * (read - start)} | spent.stages
+            timed[method] = (1000 * total, Spent(spent.gmac, stages))
         yield timed
 
 
-def settle(turns: Iterator[dict[str, tuple[float, Spent]]]) -> bool:
-    """Warm up until the medians of two windows of rounds agree for every way; whether they did."""
+def settle(turns: Iterator[dict[str, tuple[float, Spent]]], seconds: float) -> bool:
+    """Warm up until the medians of two windows of rounds agree for every way; whether they did.
+
+    A window takes ``seconds`` at most, or one round; it gives up after a few.
+    """
     before: dict[str, float] = {}
-    for _ in range(PATIENCE):
-        window = [next(turns) for _ in range(WINDOW)]
+    started = perf_counter()
+    for number in range(PATIENCE):
+        opened = perf_counter()
+        if number and opened - started > PATIENCE * seconds:
+            return False
+        window = [next(turns)]
+        while len(window) < WINDOW and perf_counter() - opened < seconds:
+            window.append(next(turns))
         now = {method: median(one[method][0] for one in window) for method in window[0]}
         if before and all(abs(now[way] / before[way] - 1) <= AGREE for way in now):
             return True
@@ -204,13 +186,17 @@ def settle(turns: Iterator[dict[str, tuple[float, Spent]]]) -> bool:
 
 
 def row(
-    method: str, scope: str, case: Case, taken: Sequence[tuple[float, Spent]], settled: bool
+    method: str, scope: str, case: Case, taken: Sequence[tuple[float, Spent]]
 ) -> dict[str, Any]:
     """A row of the report; GMAC and stages are means per picture."""
     times = np.array([time for time, _ in taken])
     spent = [one for _, one in taken]
-    costs = [one.gmac for one in spent if one.gmac is not None]
     height, width = case.size
+
+    def means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {name: fmean(one[name] for one in parts) / case.batch for name in parts[0]}
+
+    parts = means([one.gmac for one in spent])
     return {
         "method": method,
         "scope": scope,
@@ -218,14 +204,39 @@ def row(
         "batch": case.batch,
         "latency_ms": {"p50": float(np.median(times)), "p95": float(np.percentile(times, 95))},
         "throughput": 1000 * case.batch * len(times) / float(times.sum()),
-        "gmac": fmean(costs) / case.batch if costs else None,
+        "gmac": sum(parts.values()) or None,
+        "gmac_of": parts,
         "rounds": len(times),
-        "settled": settled,
-        "stages": {
-            stage: fmean(one.stages.get(stage, 0.0) for one in spent) / case.batch
-            for stage in spent[0].stages
-        },
+        "stages": means([one.stages for one in spent]),
     }
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How time and memory of each way grow with the pixels: the exponent, by least squares.
+
+    For each way, scope and batch of which three sizes or more were timed.
+    """
+    found = []
+    for key in dict.fromkeys((row["method"], row["scope"], row["batch"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["scope"], row["batch"]) == key]
+        if len(own) < 3:
+            continue
+        pixels = [float(np.prod([int(side) for side in row["size"].split("x")])) for row in own]
+        peaks = [row["peak_mib"] for row in own]
+        found.append(
+            {
+                **dict(zip(("method", "scope", "batch"), key, strict=True)),
+                "sizes": [row["size"] for row in own],
+                "time": exponent(pixels, [row["latency_ms"]["p50"] for row in own]),
+                "memory": exponent(pixels, peaks) if all(peaks) else None,
+            }
+        )
+    return found
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The power of ``x`` by which ``y`` grows."""
+    return float(np.polynomial.Polynomial.fit(np.log(x), np.log(y), 1).convert().coef[1])
 
 
 def with_backbone(model: StepSegmenter, name: str) -> StepSegmenter:
@@ -248,41 +259,3 @@ def with_backbone(model: StepSegmenter, name: str) -> StepSegmenter:
         )
     built.policy.load_state_dict(model.policy.state_dict())
     return built.to(next(model.parameters()).device).eval()
-
-
-@torch.inference_mode()
-def gemm_rate(model: StepSegmenter, rows: int = 4096, repeats: int = 20) -> float:
-    """GMAC per second of the largest product in a block of ``model``, on ``rows`` tokens."""
-    weight: Tensor = cast(Any, model.encoder.blocks[0]).mlp.fc1.weight
-    x = torch.randn(rows, weight.shape[1]).to(weight)
-    times = []
-    for _ in range(repeats):
-        start = perf_counter()
-        y = x @ weight.T
-        if y.is_cuda:
-            torch.cuda.synchronize(y.device)
-        times.append(perf_counter() - start)
-    return rows * weight.numel() / min(times) / 1e9
-
-
-def machine(model: StepSegmenter) -> dict[str, Any]:
-    """What was timed on what: processor, threads and versions."""
-    device = next(model.parameters()).device
-    packages = ("torch", "torchvision", "timm", "onnxruntime", "openvino")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "tokenstep": __version__,
-        **{name: version(name) for name in packages if find_spec(name)},
-    }
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -2,13 +2,16 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
+from torch import Tensor
 
-from tokenstep import tables
-from tokenstep.bench import Case, bench, gemm_rate, is_noise, machine, with_backbone
+from tokenstep import __version__, tables
+from tokenstep.bench import bench, growth, with_backbone
+from tokenstep.cases import Case, is_noise
 from tokenstep.errors import TokenstepError
+from tokenstep.machine import description, gemm_rate
 from tokenstep.options import Device, Exits, MaxLoss, Merge, ModelName, Threads, choose, load_model
 from tokenstep.pictures import find_pictures, read_picture, require_writable, to_tensor, write_text
 from tokenstep.rivals import RIVALS
@@ -79,18 +82,24 @@ def bench_command(
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
             rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
+    grown = growth(rows)
+    weight: Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
-        "machine": {**machine(network), "gemm_gmac_per_second": gemm_rate(network)},
+        "tokenstep": __version__,
+        "machine": {**description(weight.device), "gemm_gmac_per_second": gemm_rate(weight)},
         "model": model,
         "backbone": backbone,
         "settings": asdict(settings),
         "point": point and asdict(point),
         "pictures": len(paths),
+        "growth": grown,
         "rows": rows,
     }
     if json_file is not None:
         write_text(json_file, as_json(report) + "\n")
     console.print(tables.benched(rows))
+    if grown:
+        console.print(tables.grown(grown))
 
 
 def _size(text: str) -> tuple[int, int]:

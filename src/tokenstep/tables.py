@@ -1,9 +1,11 @@
 """What the command line prints: reports as tables for people to read."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from tokenstep.config import OperatingPoint
@@ -77,26 +79,53 @@ def calibrated(report: dict[str, Any]) -> Table:
     return table
 
 
-def benched(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per case, scope and way; ``share`` is the speed-up over the compute ratio."""
-    table = Table("size", "batch", "scope", "method")
-    for heading in ("ms, p50", "p95", "pictures/s", "GMAC", "x speed", "/ compute", "share"):
-        table.add_column(heading, justify="right")
+def benched(rows: Sequence[dict[str, Any]]) -> Group:
+    """A table per case and scope, a row per way; ``share`` is the speed-up over the compute ratio.
+
+    Times are of a batch, GMAC of a picture.
+    """
+    return Group(
+        *(
+            _case(f"{size}, batch {batch}, {scope.replace('_', ' ')}", list(group))
+            for (size, batch, scope), group in groupby(
+                rows, lambda row: (row["size"], row["batch"], row["scope"])
+            )
+        )
+    )
+
+
+def _case(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title)
+    for heading in ("ms p50", "p95", "per s", "GMAC", "MiB", "x speed", "/ GMAC", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         speed, compute = row["speedup"], row["compute_ratio"]
         slower = row["method"] != "dense" and speed < 1
         table.add_row(
-            row["size"],
-            str(row["batch"]),
-            row["scope"].replace("_", " "),
             row["method"] + (" (slower than dense)" if slower else ""),
-            f"{row['latency_ms']['p50']:.1f}",
-            f"{row['latency_ms']['p95']:.1f}",
-            f"{row['throughput']:.2f}",
-            "-" if row["gmac"] is None else f"{row['gmac']:.2f}",
+            f"{row['latency_ms']['p50']:.4g}",
+            f"{row['latency_ms']['p95']:.4g}",
+            f"{row['throughput']:.3g}",
+            "-" if row["gmac"] is None else f"{row['gmac']:.4g}",
+            "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             f"{speed:.2f}",
             "-" if compute is None else f"{compute:.2f}",
             "-" if compute is None else f"{speed / compute:.2f}",
+        )
+    return table
+
+
+def grown(rows: Sequence[dict[str, Any]]) -> Table:
+    """How time and memory grow with the pixels, as exponents."""
+    table = Table("method", "scope", "batch", "sizes", "time ~ pixels ^", "memory ~ pixels ^")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            row["scope"].replace("_", " "),
+            str(row["batch"]),
+            ", ".join(row["sizes"]),
+            f"{row['time']:.2f}",
+            "-" if row["memory"] is None else f"{row['memory']:.2f}",
         )
     return table
 

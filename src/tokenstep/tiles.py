@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenstep.config import Settings
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
-from tokenstep.memory import available_bytes
+from tokenstep.machine import available_bytes
 from tokenstep.model.superpatches import grid_of
 from tokenstep.result import Result, TokenUse
 from tokenstep.segmenter import StepSegmenter

@@ -1,14 +1,67 @@
-"""Memory of calls and machines: the most that a call takes, and what is left."""
+"""The machine: what it is, how fast it multiplies, what memory a call takes and what is left."""
 
 import contextlib
 import ctypes
 import gc
+import platform
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
 
 MIB = 2**20
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "openvino")
+
+
+def description(device: torch.device) -> dict[str, Any]:
+    """What is timed on what: processor, threads, versions, and the commit if this is a clone."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "commit": commit(),
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def commit() -> str | None:
+    """The commit of the clone that the package runs from, with "+" if it was changed since."""
+    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+    try:
+        done = subprocess.run([*call, "--dirty=+"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git, or installed from a wheel
+    return done.stdout.strip()
+
+
+@torch.inference_mode()
+def gemm_rate(weight: Tensor, rows: int = 4096, repeats: int = 20) -> float:
+    """GMAC per second of ``rows`` tokens times ``weight (out, in)``, at its best."""
+    x = torch.randn(rows, weight.shape[1]).to(weight)
+    times = []
+    for _ in range(repeats):
+        start = perf_counter()
+        y = x @ weight.T
+        if y.is_cuda:
+            torch.cuda.synchronize(y.device)
+        times.append(perf_counter() - start)
+    return rows * weight.numel() / min(times) / 1e9
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:

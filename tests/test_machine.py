@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenstep import memory
-from tokenstep.memory import MIB, available_bytes, peak_mib
+from tokenstep import machine
+from tokenstep.machine import MIB, available_bytes, peak_mib
 
 CPU = torch.device("cpu")
 
@@ -34,14 +34,14 @@ def test_what_is_left_is_what_the_container_leaves(
         assert free is not None and free > 0
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._cgroup_left(tmp_path) is None
+    assert machine._cgroup_left(tmp_path) is None
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory._cgroup_left(tmp_path) == 4000
+    assert machine._cgroup_left(tmp_path) == 4000
     (tmp_path / "memory.max").unlink()
     old = tmp_path / "memory"
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("700\n")
     (old / "memory.usage_in_bytes").write_text("100\n")
-    assert memory._cgroup_left(tmp_path) == 600
-    monkeypatch.setattr(memory, "_cgroup_left", lambda: 600)
+    assert machine._cgroup_left(tmp_path) == 600
+    monkeypatch.setattr(machine, "_cgroup_left", lambda: 600)
     assert available_bytes(CPU) == 600
