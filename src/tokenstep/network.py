@@ -53,7 +53,9 @@ class Sights:
         with torch.no_grad():
             for shape in dict.fromkeys(shapes):
                 members = [index for index, other in enumerate(shapes) if other == shape]
-                sight = self.policy.look(torch.stack([self.normal[index] for index in members]))
+                alike = [self.normal[index][None] for index in members]
+                # A copy of large pictures costs what a small convolution does.
+                sight = self.policy.look(alike[0] if len(alike) == 1 else torch.cat(alike))
                 groups.append((members, sight))
         return groups
 
@@ -64,6 +66,8 @@ class Sights:
     @torch.no_grad()
     def context(self) -> Tensor:
         """Features ``(B, channels, H, W)`` on the largest grid of the batch, 0 outside."""
+        if len(self.groups) == 1:
+            return self.policy.features(self.groups[0][1])
         height, width = (max(side) for side in zip(*(s.grid for _, s in self.groups), strict=True))
         fused = self.groups[0][1].fused
         context = torch.empty(
@@ -139,7 +143,7 @@ class StepNetwork(nn.Module):
     def normalise(self, pictures: Pictures) -> list[Tensor]:
         """Subtract the mean and divide by the standard deviation, picture by picture."""
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
-        return [(picture.to(mean.dtype) - mean) / std for picture in pictures]
+        return [(picture.to(mean.dtype) - mean).div_(std) for picture in pictures]
 
     def look(self, normal: Sequence[Tensor]) -> Sights:
         """Prepare what the policy sees of normalised pictures; it runs when it is asked for."""

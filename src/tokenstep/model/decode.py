@@ -123,14 +123,9 @@ def label_map(
     for first in range(0, height, band):
         y, x = (labels[first : first + band] == MIXED).nonzero(as_tuple=True)
         y = y + first
-        upper, lower = (
-            torch.lerp(
-                _rows_of(parts, index[row, left[x]]).float(),
-                _rows_of(parts, index[row, right[x]]).float(),
-                across[x, None],
-            )
-            for row in (above[y], below[y])
-        )
+        corners = [(row, column) for row in (above[y], below[y]) for column in (left[x], right[x])]
+        picked = _rows_of(parts, torch.stack([index[corner] for corner in corners])).float()
+        upper, lower = torch.lerp(picked[::2], picked[1::2], across[x, None])
         labels[y, x] = torch.lerp(upper, lower, down[y, None]).max(1).indices.to(torch.uint8)
     return labels[: size[0], : size[1]]
 
@@ -148,8 +143,10 @@ def _rows_of(parts: Sequence[Tensor], index: Tensor) -> Tensor:
     if len(parts) == 1:
         return live[index]
     halted = parts[1]
-    picked = live.new_empty(*index.shape, live.shape[1])
-    lives = index < len(live)
-    picked[lives] = live[index[lives]]
-    picked[~lives] = halted[index[~lives] - len(live)].to(live.dtype)
+    beyond = index - len(live)
+    if not len(live):
+        return halted[beyond]
+    picked = live[index.clamp(max=len(live) - 1)]
+    where = (beyond >= 0).nonzero(as_tuple=True)
+    picked[where] = halted[beyond[where]].to(live.dtype)
     return picked

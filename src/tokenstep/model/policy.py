@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig
-from tokenstep.model.superpatches import Grid, grid_of, level_of
+from tokenstep.model.superpatches import Grid, grid_of, halved, level_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
 
@@ -103,14 +103,14 @@ class Policy(nn.Module):
         height, width = images.shape[2:]
         full = (whole[0] * self.patch, whole[1] * self.patch)
         padding = (0, full[1] - width, 0, full[0] - height)
-        padded = F.pad(images, padding, mode="replicate")
+        padded = F.pad(images, padding, mode="replicate") if any(padding) else images
         strides = (max(1, round(side * self.config.scale / STRIDE)) for side in full)
         target = tuple(count * STRIDE for count in strides)
         if target == full:
             return padded
         if all(side % new == 0 for side, new in zip(full, target, strict=True)):
             step = (full[0] // target[0], full[1] // target[1])
-            return F.avg_pool2d(padded, step)
+            return halved(padded) if step == (2, 2) else F.avg_pool2d(padded, step)
         # In fp32, since the CPU has no antialiased half-precision kernel.
         scaled = F.interpolate(padded.float(), target, mode="bilinear", antialias=True)
         return scaled.to(images.dtype)

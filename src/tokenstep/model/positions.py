@@ -31,22 +31,39 @@ class PooledPositions:
 
     def at(self, picture: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Positions ``(n, D)`` of superpatches ``(row, column)``, counted in superpatches."""
-        shapes = torch.tensor([one.shape[2:] for one in self.maps], device=row.device)
-        start = (shapes.prod(1).cumsum(0) - shapes.prod(1))[self.which]
-        columns = shapes[:, 1][self.which]
-        table = torch.cat([one[0].flatten(1).T for one in self.maps])
-        return table[start[picture] + row * columns[picture] + column]
+        tables = [one[0].permute(1, 2, 0) for one in self.maps]
+        if len(tables) == 1:
+            return tables[0][row, column]
+        found = tables[0].new_empty(len(row), tables[0].shape[2])
+        for number, table in enumerate(tables):
+            own = self.which[picture] == number
+            found[own] = table[row[own], column[own]]
+        return found
 
 
 def resampled(maps: Tensor, grid: Grid) -> Tensor:
-    """Scale ``maps (1, D, H0, W0)`` to ``grid`` as timm does: bicubic, antialiased, in fp32."""
-    if tuple(maps.shape[2:]) == grid:
+    """Scale ``maps (1, D, H0, W0)`` to ``grid`` as timm does: bicubic, antialiased, in fp32.
+
+    As two matrix products with torch's own weights: on a CPU in half of the time, and the
+    features of a position lie side by side in memory.
+    """
+    height, width = maps.shape[2:]
+    if (height, width) == grid:
         return maps
-    if grid[1] == 1 < grid[0]:
-        # One column as one row: torch's kernel (2.15, CPU) repeats the first row of a column.
-        return resampled(maps.transpose(2, 3), (1, grid[0])).transpose(2, 3)
-    scaled = F.interpolate(maps.float(), grid, mode="bicubic", antialias=True)
-    return scaled.to(maps.dtype)
+    table = maps[0].permute(1, 2, 0).float()
+    rows = torch.tensordot(_weights(height, grid[0], maps.device), table, 1)
+    scaled = _weights(width, grid[1], maps.device) @ rows
+    return scaled.permute(2, 0, 1)[None].to(maps.dtype)
+
+
+def _weights(old: int, new: int, device: torch.device) -> Tensor:
+    """How resampling mixes ``old`` places into ``new`` ones along an axis, ``(new, old)``.
+
+    Of two equal columns, since torch's kernel (2.15, CPU) repeats the first row of a single one.
+    """
+    places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
+    mixed = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
+    return mixed[0, :, :, 0].T
 
 
 def sincos_positions(grid: Grid, dim: int) -> Tensor:

@@ -109,16 +109,15 @@ class Tokeniser(nn.Module):
         """
         edge = self.margin * coarsest
         height, width = (side * self.patch for side in grid)
-        return torch.stack(
-            [
-                F.pad(
-                    picture[None],
-                    (edge, width - picture.shape[2] + edge, edge, height - picture.shape[1] + edge),
-                    mode="replicate",
-                )[0]
-                for picture in pictures
-            ]
-        )
+        padded = [
+            F.pad(
+                picture[None],
+                (edge, width - picture.shape[2] + edge, edge, height - picture.shape[1] + edge),
+                mode="replicate",
+            )
+            for picture in pictures
+        ]
+        return padded[0] if len(padded) == 1 else torch.cat(padded)
 
     def forward(
         self, pictures: Sequence[Tensor], level: Tensor, context: Tensor | None = None

@@ -36,16 +36,19 @@ def sub_cell_index(rows: Tensor, level: Tensor, side: int) -> Tensor:
     ``rows`` and ``level`` are ``(..., H, W)`` (:func:`rows_of_cells` and the partition); the
     result is ``(..., H * side, W * side)``, -1 where ``rows`` is.
     """
-    height, width = rows.shape[-2:]
-    fine_rows = torch.arange(height * side, device=rows.device)
-    fine_columns = torch.arange(width * side, device=rows.device)
-    cell_row, cell_column = fine_rows // side, fine_columns // side
-    fine_level = level[..., cell_row[:, None], cell_column].clamp(min=0).long()
-    extent = (1 << fine_level) * side
-    part_row = (fine_rows[:, None] % extent) * side // extent
-    part_column = (fine_columns % extent) * side // extent
-    fine = rows[..., cell_row[:, None], cell_column]
+    fine, rank = (_repeated(cells, side) for cells in (rows, level.clamp(min=0).long()))
+    height, width = fine.shape[-2:]
+    part_row = (torch.arange(height, device=rows.device)[:, None] >> rank) % side
+    part_column = (torch.arange(width, device=rows.device) >> rank) % side
     return torch.where(fine < 0, -1, fine * side**2 + part_row * side + part_column)
+
+
+def _repeated(cells: Tensor, side: int) -> Tensor:
+    """Each cell of ``(..., H, W)`` as ``side x side`` of them."""
+    wide = cells[..., :, None, :, None].expand(
+        *cells.shape[:-2], cells.shape[-2], side, cells.shape[-1], side
+    )
+    return wide.flatten(-4, -3).flatten(-2)
 
 
 def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
