@@ -149,16 +149,18 @@ def test_a_backbone_takes_the_policy_along(model: StepSegmenter) -> None:
         with_backbone(model, "no_such_vit")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_command_writes_what_it_prints(
-    model: StepSegmenter, photos: list[Path], tmp_path: Path
+    model: StepSegmenter, photos: list[Path], tmp_path: Path, precision: str
 ) -> None:
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "bench.json"
     options = ["--model", str(tmp_path / "model"), "--size", "64x48", "--seconds", "0"]
     call = ["bench", *map(str, photos), *options, "--merge", "0.5,0.5", "--batch", "1"]
-    done = CliRunner().invoke(cli.app, [*call, "--json", str(out)])
+    done = CliRunner().invoke(cli.app, [*call, "--precision", precision, "--json", str(out)])
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text())
+    assert report["precision"] == precision
     assert report["machine"]["gemm_gmac_per_second"] > 0 and report["pictures"] == 3
     assert {(row["size"], row["batch"]) for row in report["rows"]} == {("64x48", 1)}
     assert all(f"{row['throughput']:.3g}" in done.output for row in report["rows"])
@@ -170,6 +172,7 @@ def test_the_command_writes_what_it_prints(
         (["--size", "64"], "--size 64"),
         (["--size", "0x9"], "--size 0x9"),
         (["--rival", "tpu"], "--rival tpu"),
+        (["--rival", "onnx", "--precision", "bf16"], "--rival onnx"),
         (["--size", "640x480"], "640x480: 0 of 1"),
     ],
 )

@@ -65,7 +65,7 @@ def bench(
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
     runs = ways(model, case, settings) | {
-        name: _other(make(model, case.size, case.batch)) for name, make in rivals.items()
+        name: _other(make(model, case.size, case.batch), device) for name, make in rivals.items()
     }
     rows = []
     for scope in SCOPES:
@@ -135,9 +135,9 @@ def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]
     return {"dense": own(DENSE), "STEP": own(settings), "dense at 0.5 x the sides": at_half}
 
 
-def _other(rival: Rival) -> Way:
+def _other(rival: Rival, device: torch.device) -> Way:
     def run(pictures: Sequence[Tensor]) -> Spent:
-        rival(torch.stack([to_float(one) for one in pictures]))
+        rival(torch.stack([to_float(one.to(device)) for one in pictures])).cpu()
         return Spent({}, {})
 
     return run

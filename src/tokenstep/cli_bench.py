@@ -1,9 +1,11 @@
 """The command that times: STEP, the dense model, and what else a user would run."""
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import torch
 import typer
 from torch import Tensor
 
@@ -14,10 +16,25 @@ from tokenstep.errors import TokenstepError
 from tokenstep.machine import description, gemm_rate
 from tokenstep.options import Device, Exits, MaxLoss, Merge, ModelName, Threads, choose, load_model
 from tokenstep.pictures import find_pictures, read_picture, require_writable, to_tensor, write_text
-from tokenstep.rivals import RIVALS
+from tokenstep.rivals import CPU_ONLY, RIVALS, MakeRival
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
 
 app = typer.Typer()
+
+
+class Precision(StrEnum):
+    """Of the arithmetic that is timed."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
+}
 
 
 @app.command("bench")
@@ -41,6 +58,9 @@ def bench_command(
     merge: Merge = None,
     exits: Exits = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
+    precision: Annotated[
+        Precision, typer.Option(help="16 bits are by autocast.", case_sensitive=False)
+    ] = Precision.FP32,
     force: Annotated[bool, typer.Option("--force", help="Time noise too.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -54,13 +74,9 @@ def bench_command(
         for one in size or ["480x360", "960x720"]
         for count in batch or [1, 8]
     ]
-    rivals = {}
-    for name in rival or []:
-        if name not in RIVALS:
-            raise TokenstepError(f"--rival {name}: choose from {', '.join(RIVALS)}")
-        make, packages = RIVALS[name]
-        require_extra(*packages, extra="bench")
-        rivals[f"dense, {name}"] = make
+    network = load_model(model, device, threads)
+    place = next(network.parameters()).device
+    rivals = _rivals(rival or [], on_cpu=place.type == "cpu" and precision is Precision.FP32)
     if json_file is not None:
         require_writable(json_file.parent)
     paths, faults = find_pictures(pictures)
@@ -68,12 +84,8 @@ def bench_command(
         complain(fault)
     if not paths:
         raise typer.Exit(2)
-    if not force and all(is_noise(to_tensor(read_picture(path))) for path in paths):
-        raise TokenstepError(
-            f"{paths[0]}: is noise, as all pictures given: there is nothing to merge in noise, and "
-            "times of it say nothing of pictures; give real ones, or --force"
-        )
-    network = load_model(model, device, threads)
+    if not force:
+        _refuse_noise(paths)
     settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     if backbone is not None:
         # Exits of random weights are never sure, so they only cost.
@@ -81,14 +93,16 @@ def bench_command(
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
-            rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
+            with torch.autocast(place.type, DTYPES[precision], precision is not Precision.FP32):
+                rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
     grown = growth(rows)
     weight: Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
         "tokenstep": __version__,
-        "machine": {**description(weight.device), "gemm_gmac_per_second": gemm_rate(weight)},
+        "machine": {**description(place), "gemm_gmac_per_second": gemm_rate(weight)},
         "model": model,
         "backbone": backbone,
+        "precision": precision.value,
         "settings": asdict(settings),
         "point": point and asdict(point),
         "pictures": len(paths),
@@ -100,6 +114,28 @@ def bench_command(
     console.print(tables.benched(rows))
     if grown:
         console.print(tables.grown(grown))
+
+
+def _rivals(names: list[str], *, on_cpu: bool) -> dict[str, MakeRival]:
+    """What else is timed, by the name of its rows."""
+    rivals = {}
+    for name in names:
+        if name not in RIVALS:
+            raise TokenstepError(f"--rival {name}: choose from {', '.join(RIVALS)}")
+        if name in CPU_ONLY and not on_cpu:
+            raise TokenstepError(f"--rival {name}: runs in fp32 on the CPU alone; leave it out")
+        make, packages = RIVALS[name]
+        require_extra(*packages, extra="bench")
+        rivals[f"dense, {name}"] = make
+    return rivals
+
+
+def _refuse_noise(paths: list[Path]) -> None:
+    if all(is_noise(to_tensor(read_picture(path))) for path in paths):
+        raise TokenstepError(
+            f"{paths[0]}: is noise, as all pictures given: there is nothing to merge in noise, and "
+            "times of it say nothing of pictures; give real ones, or --force"
+        )
 
 
 def _size(text: str) -> tuple[int, int]:

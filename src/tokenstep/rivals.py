@@ -154,3 +154,4 @@ RIVALS: dict[str, tuple[MakeRival, tuple[str, ...]]] = {  # and the packages tha
     "onnx": (onnx_rival, ("onnx", "onnxscript", "onnxruntime")),
     "openvino": (openvino_rival, ("onnx", "onnxscript", "openvino")),
 }
+CPU_ONLY = ("onnx", "openvino")

@@ -51,7 +51,7 @@ def resampled(maps: Tensor, grid: Grid) -> Tensor:
     if (height, width) == grid:
         return maps
     table = maps[0].permute(1, 2, 0).float()
-    rows = torch.tensordot(_weights(height, grid[0], maps.device), table, 1)
+    rows: Tensor = torch.tensordot(_weights(height, grid[0], maps.device), table, 1)
     scaled = _weights(width, grid[1], maps.device) @ rows
     return scaled.permute(2, 0, 1)[None].to(maps.dtype)
 
@@ -62,8 +62,8 @@ def _weights(old: int, new: int, device: torch.device) -> Tensor:
     Of two equal columns, since torch's kernel (2.15, CPU) repeats the first row of a single one.
     """
     places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
-    mixed = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
-    return mixed[0, :, :, 0].T
+    mixed: Tensor = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
+    return mixed[0, :, :, 0].t()
 
 
 def sincos_positions(grid: Grid, dim: int) -> Tensor:
