@@ -23,7 +23,9 @@ from tokenstep.result import Result, TokenUse
 from tokenstep.segmenter import StepSegmenter
 
 WINDOW = 2048  # px, side of the windows of a picture that does not fit in memory
-BYTES_PER_PIXEL = 500  # that a dense batch holds at its peak; measured: docs/performance.md
+# What a dense batch holds at its peak, from above (measured: docs/performance.md): floats of each
+# token's features, and bytes of each pixel.
+FEATURES_PER_TOKEN, BYTES_PER_PIXEL = 14, 200
 
 
 class Span(NamedTuple):
@@ -72,15 +74,17 @@ def spans(length: int, side: int, unit: int) -> list[Span]:
 
 
 def fits(model: StepSegmenter, pictures: Sequence[Tensor]) -> bool:
-    """Whether a batch ``(3, h, w)`` leaves some of the memory that is free, where that is known.
+    """Whether a batch ``(3, h, w)`` fits into the memory that is free, where that is known.
 
     Pictures within one window are always tried as they are.
     """
     if all(max(picture.shape) <= WINDOW for picture in pictures):
         return True
     free = available_bytes(next(model.parameters()).device)
-    needed = BYTES_PER_PIXEL * sum(picture[0].numel() for picture in pictures)
-    return free is None or needed < free
+    logits = len(model.config.classes) * model.config.vit.cells**2
+    floats = FEATURES_PER_TOKEN * model.encoder.dim + logits
+    per_pixel = BYTES_PER_PIXEL + 4 * floats / model.patch**2
+    return free is None or per_pixel * sum(picture[0].numel() for picture in pictures) < free
 
 
 @torch.inference_mode()
