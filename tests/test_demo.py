@@ -228,7 +228,7 @@ def address(model: StepSegmenter, tmp_path_factory: pytest.TempPathFactory) -> I
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, line + server.stdout.read()
         yield found.group()
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)
         said = server.stdout.read()
     assert server.returncode == 0 and said == "", "nothing sent, no traceback, an end in peace"
     assert not list(folder.glob("tokenstep-demo-*")), "nothing is left of uploads and results"

@@ -39,7 +39,7 @@ class Shown:
     overlay: Path
     tokens: Path
     dense_overlay: Path
-    figures: str  # a Markdown table, dense beside STEP
+    figures: str  # a Markdown table, STEP beside dense
     point: str  # what the operating point promises
     downloads: tuple[Path, ...]  # label map, overlay, token map, report
 
@@ -125,7 +125,7 @@ def machine_of(model: StepSegmenter) -> str:
 
 
 def figures(report: Mapping[str, Any]) -> str:
-    """The halves of a report of :func:`show` side by side, as a Markdown table."""
+    """The two halves of a report of :func:`show` side by side, as a Markdown table."""
     dense, step = report["dense"], report["step"]
     clock = f"time on this machine ({report['machine']}), ms"
     pairs: tuple[tuple[str, float, float, str], ...] = (
@@ -134,13 +134,13 @@ def figures(report: Mapping[str, Any]) -> str:
         (clock, tables.model_milliseconds(dense), tables.model_milliseconds(step), ",.0f"),
     )
     rows = [
-        f"| {what} | {before:{form}} | {after:{form}} | {before / after:.1f} |"
+        f"| {what} | {after:{form}} | {before:{form}} | {before / after:.1f} |"
         for what, before, after, form in pairs
     ]
     halted = sum(step["tokens"]["halted"].values())
-    rows.append(f"| tokens that halted early | 0 | {halted:,} | |")
-    rows.append(f"| pixels of the same class as dense | | {report['same_pixels']:.1%} | |")
-    return "\n".join(["| | dense | STEP | dense / STEP |", "|:--|--:|--:|--:|", *rows])
+    rows.append(f"| tokens that halted early | {halted:,} | 0 | |")
+    rows.append(f"| pixels of the same class as dense | {report['same_pixels']:.1%} | | |")
+    return "\n".join(["| | STEP | dense | dense / STEP |", "|:--|--:|--:|--:|", *rows])
 
 
 def _scale_down(upload: Path, picture: Path, max_side: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import html
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ WAITING = 20  # requests that may wait for their turn; further ones are told to 
 
 _CSS = """
 .fault {border: 2px solid #a40000; border-radius: 6px; padding: 10px 14px; font-weight: 600;}
+.html-container {padding: 0 !important;}
 #figures table {width: auto;}
 #figures :is(th, td) {padding: 4px 12px; white-space: nowrap;}
 #figures :is(th, td) + :is(th, td) {text-align: right;}
@@ -62,7 +64,7 @@ def build(demo: Demo, start: str) -> gr.Blocks:
     with page:
         gr.Markdown(
             "# tokenstep\nSegmentation by a plain Vision Transformer that spends tokens only "
-            "where the picture needs them, beside the same model dense."
+            "where the picture needs them (STEP), beside the same model dense."
         )
         form = _form(demo, start)
         _connect(demo, form, _answer())
@@ -84,15 +86,15 @@ def _form(demo: Demo, start: str) -> _Form:
             model = gr.Radio(list(demo.models), value=start, label="Model", elem_id="model")
             label = "Maximum loss, points of mIoU"
             knob = gr.Slider(0, top, value, step=0.1, label=label, buttons=[], elem_id="knob")
-            point = gr.HTML(_point(demo, start, value), padding=False, elem_id="point")
+            point = gr.HTML(_point(demo, start, value), elem_id="point")
             button = gr.Button("Segment", variant="primary", elem_id="segment")
     return _Form(upload, model, knob, point, button)
 
 
 def _answer() -> _Answer:
-    message = gr.HTML(padding=False, elem_id="message")
+    message = gr.HTML(elem_id="message")
     with gr.Column(visible=False) as results:
-        point = gr.HTML(padding=False, elem_id="shown-point")
+        point = gr.HTML(elem_id="shown-point")
         figures = gr.Markdown(elem_id="figures")
         with gr.Row():
             overlay = _picture("STEP: the classes", "overlay")
@@ -158,7 +160,7 @@ def _connect(demo: Demo, form: _Form, answer: _Answer) -> None:
 
 def _run(demo: Demo, path: str | None, name: str, max_loss: float) -> Iterator[list[Any]]:
     """Fill the answer; a generator, since Gradio copies the files between a yield and the end."""
-    nothing = [gr.Column(visible=False), "", "", *[None] * 7]
+    nothing = [gr.Column(visible=False), "", "", *[None] * 7]  # 3 pictures, 4 downloads
     if path is None:
         yield ["Drop a picture on the field above.", *nothing]
         return
@@ -191,6 +193,8 @@ def serve(demo: Demo, start: str, listening: socket.socket) -> None:
     with TemporaryDirectory(prefix="tokenstep-demo-") as folder, suppress(KeyboardInterrupt):
         # Where Gradio keeps uploads and results; here they are gone when the server is.
         os.environ["GRADIO_TEMP_DIR"] = folder
+        # So a service manager's end is as Ctrl-C: uvicorn hands a signal on when it has stopped.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         # Gradio's own launch calls its server by way of whatever proxy the environment names.
         app = gr.mount_gradio_app(
             FastAPI(),
