@@ -30,12 +30,15 @@ def segmented(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _milliseconds(entry: dict[str, Any]) -> str:
-    own = (entry, entry["dense"]) if "dense" in entry else (entry,)
-    used, *dense = (
-        sum(time for stage, time in one["milliseconds"].items() if stage not in _FILES)
-        for one in own
-    )
-    return f"{dense[0]:.0f} -> {used:.0f}" if dense else f"{used:.0f}"
+    used = model_milliseconds(entry)
+    if "dense" not in entry:
+        return f"{used:.0f}"
+    return f"{model_milliseconds(entry['dense']):.0f} -> {used:.0f}"
+
+
+def model_milliseconds(entry: dict[str, Any]) -> float:
+    """The model's own time in an entry of ``report.json``, without reading and writing files."""
+    return float(sum(time for stage, time in entry["milliseconds"].items() if stage not in _FILES))
 
 
 def evaluated(report: dict[str, Any]) -> Table:
