@@ -146,3 +146,10 @@ def explain_picture(view: View) -> dict[str, Any]:
         "depths": depth_rows(view.result.tokens),
         "exits": exit_rows(view),
     }
+
+
+def over_pixels(cells: NDArray[Any], patch: int, size: Sequence[int]) -> NDArray[Any]:
+    """Spread ``cells (H, W)`` over the pixels of a picture of ``size`` (h, w)."""
+    height, width = size
+    spread: NDArray[Any] = cells[np.arange(height)[:, None] // patch, np.arange(width) // patch]
+    return spread

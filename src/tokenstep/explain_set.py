@@ -19,7 +19,7 @@ STEP = "step"  # the way that is explained; the others are there to hold it agai
 
 
 def ways_of(settings: Settings) -> dict[str, Settings]:
-    """The ways that each picture is run in: dense, merging alone if there are exits, ``settings``."""
+    """The ways that each picture is run in: dense, ``settings``, and their merging alone."""
     ways = {"dense": DENSE}
     if settings.merge and settings.exits:
         ways["merging_alone"] = settings.without_exits()
@@ -159,6 +159,7 @@ def _depth_rows(sums: FolderSums) -> Rows:
     return [
         {
             "depth": depth_name(blocks, sums.depths[-1]),
+            "blocks": blocks,
             "tokens_share": tokens[k] / sum(tokens),
             "judged_tokens": int(sums.judged[k, 0]),
             "token_wrong_share": ratio(int(sums.judged[k, 1]), int(sums.judged[k, 0])),

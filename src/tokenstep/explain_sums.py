@@ -1,7 +1,6 @@
 """Sums over labelled pictures that were segmented in several ways: tokens, pixels, exits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.data import IGNORE
-from tokenstep.explain import Rows, View
+from tokenstep.explain import Rows, View, over_pixels
 from tokenstep.metrics import Tally, interior
 from tokenstep.reliability import bin_sums, sub_cell_labels
 from tokenstep.result import Result
@@ -102,8 +101,11 @@ class FolderSums:
         # A pixel is in the interior at each distance that is less than its own.
         inside = [interior(label.long(), edge).numpy() for edge in self.edges]
         band = np.sum(inside, axis=0, dtype=np.int64)
-        groups = ((depth, self.by_depth), (level, self.by_level), (band, self.by_band))
-        for group, sums in groups:
+        for group, sums in (
+            (depth, self.by_depth),
+            (level, self.by_level),
+            (np.asarray(band), self.by_band),
+        ):
             for column, mask in enumerate(counted):
                 sums[:, column] += np.bincount(group[mask], minlength=len(sums))
 
@@ -121,12 +123,6 @@ class FolderSums:
 def ratio(part: float, whole: float) -> float | None:
     """``part / whole``, None where there is nothing."""
     return part / whole if whole else None
-
-
-def over_pixels(cells: NDArray[Any], patch: int, size: Sequence[int]) -> NDArray[Any]:
-    """Spread ``cells (H, W)`` over the pixels of a picture of ``size`` (h, w)."""
-    height, width = size
-    return cells[np.arange(height)[:, None] // patch, np.arange(width) // patch]
 
 
 def _histogram(
