@@ -164,7 +164,7 @@ def _intro(settings: Settings, point: OperatingPoint | None) -> str:
     """What the model ran at."""
     merge, exits = (", ".join(map(str, bars)) or "off" for bars in (settings.merge, settings.exits))
     text = f"Merge thresholds: {merge}. Exit thresholds: {exits}."
-    return text if point is None else f"{text} {tables.promise(point).capitalize()}."
+    return text if point is None else f"{text} At this {tables.promise(point)}."
 
 
 def _write(out: Path, report: dict[str, Any], sections: Sequence[Section], text: str) -> None:

@@ -90,8 +90,12 @@ def confidence(axes: Axes, view: View, seen: ExitView) -> None:
         bar.set_label("confidence of the token, 0 to 1")
         if seen.bar is not None:
             bar.ax.axhline(seen.bar, color=RED, linewidth=2)
-    halts = "exits are off" if seen.bar is None else f"above {seen.bar:g} tokens may halt"
-    axes.set_title(f"exit after block {seen.after}; {halts}; white: had halted before")
+    parts = [f"exit after block {seen.after}", "exits are off"]
+    if seen.bar is not None:
+        parts[1] = f"above {seen.bar:g} tokens may halt"
+    if np.isnan(seen.confidence).any():
+        parts.append("white: had halted before")
+    axes.set_title("; ".join(parts))
 
 
 def difference(axes: Axes, view: View, dense: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
