@@ -43,6 +43,7 @@ def shares(axes: Axes, rows: Rows) -> None:
     """Each class's share of the pixels beside its share of the tokens."""
     _bars(axes, rows, {"pixels_share": (BLACK, "pixels"), "tokens_share": (ORANGE, "tokens")})
     axes.set_xlabel("share of all labelled")
+    _legend_above(axes)
 
 
 def density(axes: Axes, rows: Rows) -> None:
@@ -50,7 +51,6 @@ def density(axes: Axes, rows: Rows) -> None:
     _bars(axes, rows, {"tokens_per_1000_patches": (BLUE, "tokens")})
     axes.set_xlabel("tokens for 1000 patches of the class")
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.get_legend().remove()  # type: ignore[union-attr]
 
 
 def class_depths(axes: Axes, rows: Rows, depths: Sequence[int]) -> None:
@@ -99,7 +99,8 @@ def reliability(axes: Axes, rows: Rows, after: int) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.set_aspect("equal")
-    _finish(axes)
+    _grid(axes)
+    axes.legend(loc="upper left")  # its title stands above
 
 
 def purity(axes: Axes, rows: Rows) -> None:
@@ -163,7 +164,7 @@ def _bars(axes: Axes, rows: Rows, wanted: dict[str, tuple[str, str]]) -> None:
         shift = (number - (len(wanted) - 1) / 2) * thick
         axes.barh(places + shift, [row[key] for row in rows], thick, color=colour, label=name)
     _classes(axes, rows)
-    _finish(axes)
+    _grid(axes)
 
 
 def _classes(axes: Axes, rows: Rows) -> None:
@@ -182,14 +183,18 @@ def _columns(axes: Axes, rows: Rows, by: str, wanted: dict[str, tuple[str, str]]
     axes.set_xticks(places, [str(row[by]) for row in rows])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _finish(axes)
-    _legend_above(axes)
 
 
 def _finish(axes: Axes) -> None:
+    _grid(axes)
+    _legend_above(axes)
+
+
+def _grid(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend()
 
 
 def _legend_above(axes: Axes) -> None:
+    """Put the legend where it covers nothing; matplotlib's own search for a place is slow."""
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
