@@ -159,9 +159,9 @@ def _trust_sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "How often a halted token is wrong",
             "A token is wrong if the class that most of its pixels got in the label map is not "
-            "the one that most of its labelled pixels have. Beside it is the share of wrong "
-            "pixels, which the dense model also has on the same pixels: only what lies above that "
-            "is the price of halting.",
+            "the one that most of its labelled pixels have. Beside it stand the wrong pixels of "
+            "such tokens, and those that dense has on the same pixels: only what lies above dense "
+            "is the price of merging and halting.",
             [
                 _figure(
                     "depths",

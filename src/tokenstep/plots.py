@@ -134,7 +134,7 @@ def bands(axes: Axes, rows: Rows) -> None:
     axes.set_xlabel("distance from the nearest pixel of another class, px")
     axes.set_ylabel("pixels that are wrong")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     _finish(axes)
 
 
@@ -153,7 +153,7 @@ def losses(axes: Axes, rows: Rows) -> None:
     )
     axes.set_xlabel("tokens at the start, share of dense")
     axes.set_ylabel("points of pixel accuracy lost")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     _finish(axes)
 
 
@@ -170,7 +170,7 @@ def _bars(axes: Axes, rows: Rows, wanted: dict[str, tuple[str, str]]) -> None:
 def _classes(axes: Axes, rows: Rows) -> None:
     axes.set_yticks(np.arange(len(rows)), [row["class"] for row in rows])
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _columns(axes: Axes, rows: Rows, by: str, wanted: dict[str, tuple[str, str]]) -> None:
@@ -181,7 +181,7 @@ def _columns(axes: Axes, rows: Rows, by: str, wanted: dict[str, tuple[str, str]]
         values: list[Any] = [row[key] or 0.0 for row in rows]
         axes.bar(places + shift, values, thick, color=colour, label=name)
     axes.set_xticks(places, [str(row[by]) for row in rows])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     _finish(axes)
 
 
