@@ -46,10 +46,16 @@ def levels_of(
     whole = model.encode
 
     def encode(
-        normal: list[Tensor], level: Tensor, *, settings: Settings, sights: Sights, lap: Lap
+        normal: list[Tensor],
+        level: Tensor,
+        *,
+        settings: Settings,
+        sights: Sights,
+        reducers: tuple[()],
+        lap: Lap,
     ) -> object:
         seen.append(level)
-        return whole(normal, level, settings=settings, sights=sights, lap=lap)
+        return whole(normal, level, settings=settings, sights=sights, reducers=reducers, lap=lap)
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode", encode)

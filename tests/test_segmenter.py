@@ -229,6 +229,29 @@ def test_token_counts_add_up(model: StepSegmenter) -> None:
     assert dense.cost == dense.dense_cost == reduced.dense_cost
 
 
+def test_each_cell_knows_its_token_whatever_the_batch(model: StepSegmenter) -> None:
+    together = model.segment_batch([torch.rand(3, 40, 33), torch.rand(3, 80, 70)], settings=STEP)
+    for result in together:
+        use = result.tokens
+        tokens, cells = np.unique(use.owner, return_counts=True)
+        assert len(tokens) == use.start and cells.sum() == use.grid
+        # A token is named by its first cell, and all of its cells share a size and a depth.
+        flat = use.owner.ravel()
+        assert np.array_equal(flat[flat], flat) and (flat <= np.arange(use.grid)).all()
+        for per_cell in (use.level.ravel(), use.layer.ravel()):
+            assert np.array_equal(per_cell[flat], per_cell)
+        halted = {after: int((use.layer.ravel()[tokens] == after).sum()) for after in use.halted}
+        assert halted == use.halted
+
+
+def test_live_tokens_fall_only_at_exits(model: StepSegmenter) -> None:
+    use = model.segment_batch([torch.rand(3, 80, 70)], settings=STEP)[0].tokens
+    assert len(use.live) == use.depth and use.live[0] == use.start
+    after = [*use.live[1:], use.end]
+    lost = {block: use.live[block - 1] - after[block - 1] for block in range(1, use.depth + 1)}
+    assert lost == {block: use.halted.get(block, 0) for block in lost}
+
+
 def test_no_pictures_give_no_results(model: StepSegmenter) -> None:
     assert model.segment([]) == []
 

@@ -89,6 +89,19 @@ def test_windows_join_to_a_picture(model: StepSegmenter, size: tuple[int, int], 
     assert tiled.tokens.end + sum(tiled.tokens.halted.values()) == tiled.tokens.start
 
 
+def test_joined_tokens_are_told_apart_and_counted(model: StepSegmenter) -> None:
+    large, side = picture(203, 330), 4 * unit_of(model)
+    use = segment_tiled(model, large, side=side, settings=REDUCED).tokens
+    places = np.arange(use.owner.size).reshape(use.owner.shape)
+    # Windows hand over at whole superpatches: a token is named by its superpatch's first cell.
+    side_of = 1 << use.level.astype(np.int64)
+    row, column = np.divmod(places, places.shape[1])
+    first = row // side_of * side_of * places.shape[1] + column // side_of * side_of
+    assert np.array_equal(use.owner, first)
+    assert use.live[0] == use.start and len(use.live) == use.depth
+    assert use.live[-1] == use.end, "no exit stands after the last block"
+
+
 def test_no_superpatch_of_a_joined_partition_is_cut(model: StepSegmenter) -> None:
     large = picture(203, 330)
     everything = Settings(merge=(0.0, 0.0))

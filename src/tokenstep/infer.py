@@ -138,7 +138,7 @@ def _read(path: Path, name: str, max_side: int | None) -> Report | _Picture:
         image = read_picture(path)
     except TokenstepError as error:
         return _failed(path, str(error))
-    scaled = to_tensor(_fit(image, max_side))
+    scaled = to_tensor(scaled_down(image, max_side))
     return _Picture(path, name, image, scaled, (perf_counter() - start) * 1000)
 
 
@@ -200,7 +200,7 @@ def _failed(path: Path, reason: str) -> Report:
     return {"file": str(path), "error": reason if str(path) in reason else f"{path}: {reason}"}
 
 
-def _fit(image: Image.Image, max_side: int | None) -> Image.Image:
+def scaled_down(image: Image.Image, max_side: int | None) -> Image.Image:
     """The picture, scaled down if its long side is over ``max_side``."""
     if max_side is None or max(image.size) <= max_side:
         return image

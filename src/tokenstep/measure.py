@@ -60,11 +60,7 @@ def measure(
             pixel has a label.
     """
     names = model.config.classes
-    if folder.classes.names != names:
-        raise TokenstepError(
-            f"{folder.root}: has the classes {', '.join(folder.classes.names)} but the model was "
-            f"trained for {', '.join(names)}; use a model trained for this data"
-        )
+    require_same_classes(model, folder)
     sums = [Measured(len(names)) for _ in runs]
     generators = [torch.Generator().manual_seed(run.seed) for run in runs]
     for image, label in folder:
@@ -72,6 +68,20 @@ def measure(
             measured.add(segment_as(model, image, label, run=run, generator=generator), label)
         on_picture()
     return [measured.report(names) for measured in sums]
+
+
+def require_same_classes(model: StepSegmenter, folder: LabelledFolder) -> None:
+    """Refuse a folder whose classes are not the model's.
+
+    Raises:
+        TokenstepError: names both.
+    """
+    names = model.config.classes
+    if folder.classes.names != names:
+        raise TokenstepError(
+            f"{folder.root}: has the classes {', '.join(folder.classes.names)} but the model was "
+            f"trained for {', '.join(names)}; use a model trained for this data"
+        )
 
 
 def segment_as(

@@ -20,8 +20,8 @@ from tokenstep.errors import TokenstepError
 
 MAX_PIXELS = 200_000_000
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
-# What `segment` writes beside others' pictures; a second run must not take it for input.
-OUTPUTS = (".labels.png", ".overlay.jpg", ".tokens.jpg")
+# What tokenstep writes beside others' pictures; a second run must not take it for input.
+OUTPUTS = (".labels.png", ".overlay.jpg", ".tokens.jpg", ".figure.png")
 # Named, so that no file of a stranger reaches PIL's rarer decoders (EPS runs a program).
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,7 +35,7 @@ def find_pictures(paths: Sequence[str | Path]) -> tuple[list[Path], dict[str, st
     """List the pictures of files, folders (searched to the bottom) and globs, each once.
 
     The order is that of `paths`; a folder's or glob's pictures are sorted, and leave out hidden
-    files and what `segment` wrote. A file named outright is taken whatever its name. The second
+    files and what tokenstep wrote. A file named outright is taken whatever its name. The second
     answer says, for each of `paths` that is missing or holds no picture, why, in one line.
     """
     found: dict[str, Path] = {}

@@ -1,5 +1,6 @@
 """How far an exit's confidence can be trusted, and the temperature that makes it honest."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,14 +46,19 @@ def exit_logits(
         watch = DeepSupervision(model.exits)
         out = model([to_float(image).to(device)], settings=settings, reducers=[watch])
         spreads = [unmerge(tokens, found, out.level)[0] for tokens, found in watch.seen]
-        full = padded_labels(label[None], model.patch)[:, None].float()
-        target = F.interpolate(full, spreads[0].shape[:2], mode="nearest-exact").long().flatten()
+        target = sub_cell_labels(label, model.patch, spreads[0].shape[:2]).flatten()
         valid = (target != IGNORE).nonzero().flatten()
         drawn = valid[torch.randperm(len(valid), generator=generator)[: most // len(folder)]]
         labels.append(target[drawn])
         for found, spread_out in zip(logits, spreads, strict=True):
             found.append(spread_out.flatten(0, 1).cpu().float()[drawn])
     return [torch.cat(found) for found in logits], torch.cat(labels)
+
+
+def sub_cell_labels(label: Tensor, patch: int, size: Sequence[int]) -> Tensor:
+    """The label at each sub-cell's centre, int64 of ``size`` (rows, columns), from ``(h, w)``."""
+    full = padded_labels(label[None], patch)[:, None].float()
+    return F.interpolate(full, tuple(size), mode="nearest-exact")[0, 0].long()
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -72,12 +78,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 10) -> dict[str, Any]:
     """Confidence against accuracy of ``logits (N, C)`` in equal bins, and their mean gap (ECE)."""
+    return reliability_of(bin_sums(logits, labels, bins))
+
+
+def bin_sums(logits: Tensor, labels: Tensor, bins: int = 10) -> Tensor:
+    """Count, and summed confidence and hits, of ``logits (N, C)`` in bins: ``(3, bins)`` float64.
+
+    The sums of several pictures may be added.
+    """
     confidence, predicted = logits.softmax(1).max(1)
     right = (predicted == labels).double()
     place = (confidence * bins).long().clamp(max=bins - 1)
     count = torch.bincount(place, minlength=bins)
     sums = [torch.bincount(place, part.double(), minlength=bins) for part in (confidence, right)]
-    means = [one / count.clamp(min=1) for one in sums]
+    return torch.stack([count.double(), *sums])
+
+
+def reliability_of(sums: Tensor) -> dict[str, Any]:
+    """The report of :func:`reliability` from the sums ``(3, bins)`` of one sample or more."""
+    count = sums[0]
+    means = [one / count.clamp(min=1) for one in sums[1:]]
     gap = ((means[0] - means[1]).abs() * count).sum() / count.sum()
     return {
         "ece": float(gap),

@@ -33,6 +33,14 @@ class TokenUse:
     level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
     layer: NDArray[np.int16]  # (H, W): blocks that ran for the cell's token
     depth: int  # blocks of the model
+    owner: NDArray[np.int64]  # (H, W): flat index of the first cell that the cell's token has
+    live: tuple[int, ...]  # tokens that entered each block
+
+
+def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Name each token by the flat index of its first cell; ``owner (H, W)`` has any names."""
+    _, first, token = np.unique(owner, return_index=True, return_inverse=True)
+    return first[token].reshape(owner.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

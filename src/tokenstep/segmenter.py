@@ -22,7 +22,8 @@ from tokenstep.model.superpatches import grid_of, token_counts
 from tokenstep.model.unmerge import layer_of_cells
 from tokenstep.network import StepNetwork
 from tokenstep.pictures import Picture, picture_tensor
-from tokenstep.result import Result, Segmented, TokenUse
+from tokenstep.reducers.base import Reducer
+from tokenstep.result import Result, Segmented, TokenUse, first_cells
 from tokenstep.transforms import to_float
 
 WEIGHTS = "model.safetensors"
@@ -79,10 +80,12 @@ class StepSegmenter(
         *,
         settings: Settings | None = None,
         level: Tensor | None = None,
+        reducers: Sequence[Reducer] = (),
     ) -> list[Result]:
         """:meth:`segment` for a list; times are the batch's, divided by its pictures.
 
-        ``level (B, H, W)`` replaces the policy's partition, for comparisons.
+        ``level (B, H, W)`` replaces the policy's partition, for comparisons; ``reducers`` are
+        asked after each block before the exits are, and may just look on.
         """
         if not pictures:
             return []
@@ -98,7 +101,9 @@ class StepSegmenter(
         if self.config.vit.policy_features:
             sights.run()  # or the dense model's encoder would be charged for it
         clock.lap("policy")
-        segmented = self.encode(normal, level, settings=settings, sights=sights, lap=clock.lap)
+        segmented = self.encode(
+            normal, level, settings=settings, sights=sights, reducers=reducers, lap=clock.lap
+        )
         labels = [one.cpu().numpy() for one in self.label_maps(segmented)]
         clock.lap("unmerge")
         milliseconds = {stage: time / len(pictures) for stage, time in clock.read().items()}
@@ -138,6 +143,8 @@ class StepSegmenter(
             level=level.cpu().numpy(),
             layer=layer_map.to(torch.int16).cpu().numpy(),
             depth=depth,
+            owner=first_cells(tokens.owner[index, :height, :width].cpu().numpy()),
+            live=tuple(rows[index] - prefix for rows in segmented.live),
         )
 
     def cost_of(self, segmented: Segmented, index: int, *, policy: bool) -> Cost:

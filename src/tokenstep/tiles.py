@@ -19,7 +19,7 @@ from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
 from tokenstep.machine import available_bytes
 from tokenstep.model.superpatches import grid_of
-from tokenstep.result import Result, TokenUse
+from tokenstep.result import Result, TokenUse, first_cells
 from tokenstep.segmenter import StepSegmenter
 
 WINDOW = 2048  # px, side of the windows of a picture that does not fit in memory
@@ -123,11 +123,15 @@ def _joined(
     labels = np.empty(size, first.labels.dtype)
     level = np.empty(grid, first.tokens.level.dtype)
     layer = np.empty(grid, first.tokens.layer.dtype)
-    for (rows, columns), result in zip(places, results, strict=True):
+    owner = np.empty(grid, first.tokens.owner.dtype)
+    for number, ((rows, columns), result) in enumerate(zip(places, results, strict=True)):
+        # Each window counts its cells from 0: names of their own until all are in place.
+        own = result.tokens.owner + number * owner.size
         for whole, part, scale in (
             (labels, result.labels, 1),
             (level, result.tokens.level, patch),
             (layer, result.tokens.layer, patch),
+            (owner, own, patch),
         ):
             kept, source = zip(*(_slices(span, scale) for span in (rows, columns)), strict=True)
             whole[kept] = part[source]
@@ -144,6 +148,8 @@ def _joined(
             level=level,
             layer=layer,
             depth=uses[0].depth,
+            owner=first_cells(owner),
+            live=tuple(map(sum, zip(*(use.live for use in uses), strict=True))),
         ),
         cost=_sum([result.cost for result in results]),
         dense_cost=_sum([result.dense_cost for result in results]),

@@ -1,0 +1,180 @@
+"""The command that shows where tokens go: a report on pictures, or on a labelled folder."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokenstep import tables
+from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.data import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.explain import explain_picture, look
+from tokenstep.explain_set import explain_folder, worst
+from tokenstep.infer import output_names, scaled_down
+from tokenstep.options import (
+    Device,
+    Exits,
+    MaxLoss,
+    Merge,
+    ModelName,
+    Names,
+    Threads,
+    choose,
+    load_model,
+)
+from tokenstep.pictures import (
+    find_pictures,
+    read_picture,
+    require_writable,
+    to_tensor,
+    write_text,
+    write_whole,
+)
+from tokenstep.report_html import Section, page
+from tokenstep.segmenter import StepSegmenter
+from tokenstep.terminal import as_json, complain, progress_bar, require_extra
+from tokenstep.tiles import fits
+
+app = typer.Typer()
+
+Found = tuple[dict[str, Any], list[Section]]  # the numbers, with `faults`, and the page's parts
+
+
+@app.command("explain")
+def explain_command(
+    pictures: Annotated[
+        list[str] | None, typer.Argument(help="Picture files, folders and globs.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled folder in their place, as the README lays it out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="train, val or test; with --data.")] = "test",
+    names: Names = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
+    ] = None,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Show where tokens are spent and halt, and what it costs: report.html, figures, report.json.
+
+    Exit code 1 if some pictures failed; the others are done and the report names the failures.
+    """
+    require_extra("matplotlib", extra="plot")
+    if (data is None) == (not pictures):
+        raise TokenstepError("explain: give pictures, or --data with a labelled folder")
+    if data is None and names:
+        raise TokenstepError("--names: picks from --data; name the pictures themselves instead")
+    if data is not None and max_side is not None:
+        raise TokenstepError("--max-side: labels have their pictures' size; leave it out")
+    require_writable(out)
+    folder = None if data is None else LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    of: dict[str, Any] = {"model": model, "settings": asdict(settings)}
+    of["point"] = point and asdict(point)
+    title = f"Where the tokens of {model} go"
+    if folder is None:
+        report, sections = _explain_pictures(network, pictures or [], settings, max_side)
+    else:
+        of |= {"data": folder.root.resolve().name, "split": folder.title}
+        title += f" on {of['data']}, {folder.title}"
+        report, sections = _explain_data(network, folder, settings)
+    for fault in report["faults"]:
+        complain(fault["error"])
+    if not sections:
+        raise typer.Exit(2)
+    text = page(title, _intro(settings, point), sections)
+    _write(out, {**of, **report}, sections, text)
+    print(f"report in {out / 'report.html'}")
+    if report["faults"]:
+        raise typer.Exit(1)
+
+
+def _explain_pictures(
+    network: StepSegmenter, named: Sequence[str], settings: Settings, max_side: int | None
+) -> Found:
+    """Explain each picture that can be read and segmented."""
+    from tokenstep.explain_sections import picture_sections
+
+    paths, missing = find_pictures(named)
+    faults = [{"file": file, "error": fault} for file, fault in missing.items()]
+    entries: list[dict[str, Any]] = []
+    sections: list[Section] = []
+    with progress_bar() as progress:
+        todo = list(zip(paths, output_names(paths), strict=True))
+        for path, name in progress.track(todo, description="explain"):
+            try:
+                image = to_tensor(scaled_down(read_picture(path), max_side))
+                if not fits(network, [image]):
+                    raise TokenstepError(f"{path}: does not fit in memory; give a --max-side")
+                view = look(network, image, settings)
+            except TokenstepError as error:
+                reason = str(error)
+                named_so = reason if str(path) in reason else f"{path}: {reason}"
+                faults.append({"file": str(path), "error": named_so})
+                continue
+            numbers = explain_picture(view)
+            entries.append({"file": str(path), "name": name, **numbers})
+            sections += picture_sections(name, view, numbers)
+    return {"pictures": entries, "faults": faults}, sections
+
+
+def _explain_data(network: StepSegmenter, folder: LabelledFolder, settings: Settings) -> Found:
+    """Explain a labelled folder, and the pictures that lost most against dense one by one."""
+    from tokenstep.explain_sections import difference_section, picture_sections, set_sections
+
+    with progress_bar() as progress:
+        task = progress.add_task("explain", total=len(folder))
+        report = explain_folder(
+            network, folder, settings, on_picture=lambda: progress.advance(task)
+        )
+    sections = set_sections(report)
+    chosen = worst(report["pictures"])
+    sections.append(
+        Section(
+            f"The {len(chosen)} pictures that lost most" if len(chosen) > 1 else "The one picture",
+            "Of all pictures, the worst first, by points lost against dense.",
+        )
+    )
+    report["worst"] = []
+    by_name = {path.name: index for index, path in enumerate(folder.paths)}
+    for file in chosen:
+        image, label = folder[by_name[file]]
+        view = look(network, image, settings)
+        dense = network.segment_batch([image], settings=DENSE)[0].labels
+        numbers = explain_picture(view)
+        name = Path(file).stem
+        report["worst"].append({"picture": file, **numbers})
+        sections += picture_sections(name, view, numbers, rank=3)
+        sections.append(difference_section(name, view, dense, label.numpy()))
+    return report, sections
+
+
+def _intro(settings: Settings, point: OperatingPoint | None) -> str:
+    """What the model ran at."""
+    merge, exits = (", ".join(map(str, bars)) or "off" for bars in (settings.merge, settings.exits))
+    text = f"Merge thresholds: {merge}. Exit thresholds: {exits}."
+    return text if point is None else f"{text} At this {tables.promise(point)}."
+
+
+def _write(out: Path, report: dict[str, Any], sections: Sequence[Section], text: str) -> None:
+    """Write the page, its figures and its numbers, each file whole."""
+    for section in sections:
+        for figure in section.figures:
+            write_whole(out / f"{figure.name}.figure.png", partial(_save, data=figure.png))
+    write_text(out / "report.json", as_json(report) + "\n")
+    write_text(out / "report.html", text)
+
+
+def _save(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

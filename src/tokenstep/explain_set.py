@@ -1,0 +1,227 @@
+"""Where a labelled folder's tokens go, and what that costs, as rows of tables."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenstep.config import DENSE, Settings
+from tokenstep.data import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.explain import Rows, depth_name, look
+from tokenstep.explain_sums import FolderSums, ratio
+from tokenstep.measure import require_same_classes
+from tokenstep.reliability import reliability_of
+from tokenstep.segmenter import StepSegmenter
+
+STEP = "step"  # the way that is explained; the others are there to hold it against
+
+
+def ways_of(settings: Settings) -> dict[str, Settings]:
+    """The ways that each picture is run in: dense, ``settings``, and their merging alone."""
+    ways = {"dense": DENSE}
+    if settings.merge and settings.exits:
+        ways["merging_alone"] = settings.without_exits()
+    return {**ways, STEP: settings}
+
+
+def explain_folder(
+    model: StepSegmenter,
+    folder: LabelledFolder,
+    settings: Settings,
+    *,
+    on_picture: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Every number about a folder's tokens, as plain data: rows of tables.
+
+    A picture that cannot be read or segmented is named in ``faults`` and the others go on.
+
+    Raises:
+        TokenstepError: the folder's classes are not the model's, no picture can be read, or no
+            pixel has a label.
+    """
+    require_same_classes(model, folder)
+    ways = ways_of(settings)
+    sums = FolderSums(model, tuple(ways))
+    faults: Rows = []
+    for index, path in enumerate(folder.paths):
+        try:
+            image, label = folder[index]
+            others = [
+                model.segment_batch([image], settings=chosen)[0]
+                for way, chosen in ways.items()
+                if way != STEP
+            ]
+            view = look(model, image, settings)
+        except TokenstepError as error:
+            faults.append({"file": str(path), "error": str(error)})
+        else:
+            sums.add(path.name, view, others, label)
+        on_picture()
+    if not sums.pictures:
+        raise TokenstepError(faults[0]["error"])
+    return {**rows_of(sums), "faults": faults}
+
+
+def worst(pictures: Sequence[dict[str, Any]], most: int = 10) -> list[str]:
+    """Names of the pictures that lost most points against dense, the worst first."""
+    known = [row for row in pictures if row["points_lost"] is not None]
+    return [row["picture"] for row in sorted(known, key=lambda row: -row["points_lost"])[:most]]
+
+
+def rows_of(sums: FolderSums) -> dict[str, Any]:
+    """All tables of a folder.
+
+    Raises:
+        TokenstepError: no pixel has a label.
+    """
+    return {
+        "images": len(sums.pictures),
+        "ways": _way_rows(sums),
+        "live": _live_rows(sums),
+        "classes": _class_rows(sums),
+        "class_depths": _class_depth_rows(sums),
+        "depths": _depth_rows(sums),
+        "reliability": _reliability_rows(sums),
+        "sizes": _size_rows(sums),
+        "boundary": _boundary_rows(sums),
+        "bands": _band_rows(sums),
+        "pictures": sums.pictures,
+    }
+
+
+def _way_rows(sums: FolderSums) -> Rows:
+    rows: Rows = []
+    dense = sums.tallies["dense"].scores().miou
+    for way, gmac in zip(sums.ways, np.mean(sums.gmac, axis=0).tolist(), strict=True):
+        scores = sums.tallies[way].scores()
+        rows.append(
+            {
+                "way": way,
+                "miou": scores.miou,
+                "points_lost": 100 * (dense - scores.miou),
+                "accuracy": scores.accuracy,
+                "boundary_iou": scores.boundary_iou,
+                "gmac": gmac,
+            }
+        )
+    return rows
+
+
+def _live_rows(sums: FolderSums) -> Rows:
+    patches = sum(row["patches"] for row in sums.pictures)
+    return [
+        {
+            "block": block,
+            "mean_tokens": float(column.mean()),
+            "p5_tokens": float(np.percentile(column, 5)),
+            "p95_tokens": float(np.percentile(column, 95)),
+            "dense_share": float(column.sum() / patches),
+        }
+        for block, column in enumerate(np.array(sums.live).T, start=1)
+    ]
+
+
+def _class_rows(sums: FolderSums) -> Rows:
+    tokens, pixels = sums.spent.sum(0)[:-1].tolist(), sums.class_pixels[:-1].tolist()
+    dense, step = (sums.tallies[way].scores().iou for way in ("dense", STEP))
+    return [
+        {
+            "class": name,
+            "pixels_share": pixels[k] / sum(pixels),
+            "tokens_share": tokens[k] / sum(tokens),
+            "tokens_per_1000_patches": 1000 * sums.patch**2 * tokens[k] / pixels[k],
+            "dense_iou": dense[k],
+            "step_iou": step[k],
+        }
+        for k, name in enumerate(sums.names)
+        if pixels[k]
+    ]
+
+
+def depth_key(blocks: int, depth: int) -> str:
+    """The column of the tokens that ended there."""
+    return depth_name(blocks, depth).replace(" ", "_") + "_share"
+
+
+def _class_depth_rows(sums: FolderSums) -> Rows:
+    keys = [depth_key(blocks, sums.depths[-1]) for blocks in sums.depths]
+    return [
+        {"class": name, **dict(zip(keys, (spent / spent.sum()).tolist(), strict=True))}
+        for name, spent in zip(sums.names, sums.spent.T[:-1], strict=True)
+        if spent.any()
+    ]
+
+
+def _depth_rows(sums: FolderSums) -> Rows:
+    tokens = sums.spent.sum(1).tolist()
+    return [
+        {
+            "depth": depth_name(blocks, sums.depths[-1]),
+            "blocks": blocks,
+            "tokens_share": tokens[k] / sum(tokens),
+            "judged_tokens": int(sums.judged[k, 0]),
+            "token_wrong_share": ratio(int(sums.judged[k, 1]), int(sums.judged[k, 0])),
+            **_wrong(sums, sums.by_depth, k),
+        }
+        for k, blocks in enumerate(sums.depths)
+    ]
+
+
+def _reliability_rows(sums: FolderSums) -> Rows:
+    """One row per exit and bin that holds anything; ``ece`` is the exit's."""
+    rows: Rows = []
+    for after, binned in zip(sums.depths, sums.reliability, strict=False):  # none at the end
+        if not binned.any():
+            continue
+        found = reliability_of(binned)
+        columns = (found[key] for key in ("confidence", "accuracy", "share"))
+        for confidence, accuracy, share in zip(*columns, strict=True):
+            if share:
+                rows.append(
+                    {
+                        "exit_after_block": after,
+                        "confidence": confidence,
+                        "accuracy": accuracy,
+                        "sub_cells_share": share,
+                        "exit_ece": found["ece"],
+                    }
+                )
+    return rows
+
+
+def _size_rows(sums: FolderSums) -> Rows:
+    return [
+        {
+            "patches_a_side": 1 << level,
+            "superpatches": int(count),
+            "pure_share": pure / count,
+            "mean_purity": purity / count,
+            **_wrong(sums, sums.by_level, level),
+        }
+        for level, (count, pure, purity) in enumerate(sums.purity.tolist())
+        if count
+    ]
+
+
+def _boundary_rows(sums: FolderSums) -> Rows:
+    near = sums.edges.index(sums.patch) + 1
+    both = np.stack([sums.by_band[:near].sum(0), sums.by_band[near:].sum(0)])
+    names = (f"boundary: within {sums.patch} px of another class", "interior: all else")
+    return [{"where": name, **_wrong(sums, both, k)} for k, name in enumerate(names)]
+
+
+def _band_rows(sums: FolderSums) -> Rows:
+    bounds = zip([0, *sums.edges], [*sums.edges, None], strict=True)
+    return [
+        {"above_px": above, "to_px": to, **_wrong(sums, sums.by_band, k)}
+        for k, (above, to) in enumerate(bounds)
+    ]
+
+
+def _wrong(sums: FolderSums, groups: NDArray[np.int64], k: int) -> dict[str, float | None]:
+    """A group's share of the labelled pixels, and what share of its own each way got wrong."""
+    pixels, *wrong = groups[k].tolist()
+    shares = {f"{w}_wrong_share": ratio(n, pixels) for w, n in zip(sums.ways, wrong, strict=True)}
+    return {"pixels_share": pixels / int(groups[:, 0].sum()), **shares}

@@ -1,0 +1,92 @@
+"""A report as one HTML file that needs nothing else: tables, and figures as data URIs."""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from tokenstep.explain import Rows
+
+MANY = 15  # rows; a longer table is folded
+# Columns of numbers from 0 to 1 that are shown in %.
+PERCENT = ("share", "iou", "accuracy", "confidence", "purity")
+
+_STYLE = """
+body { font: 16px/1.5 sans-serif; color: #181818; background: #fff; max-width: 860px;
+  margin: 2em auto; padding: 0 1em; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5em; border-bottom: 1px solid #ccc; }
+img { max-width: 100%; height: auto; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 14px; }
+th, td { padding: 0.25em 0.7em; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FigureFile:
+    """A figure as it stands in the report and beside it: ``png`` is the whole file."""
+
+    name: str  # of its file, without the suffix
+    says: str  # the alternative text
+    png: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, what is to be seen and how it is defined, figures, and their tables."""
+
+    title: str
+    text: str
+    figures: Sequence[FigureFile] = ()
+    tables: Sequence[Rows] = ()
+    rank: int = 2  # of the heading: 3 lies under the last 2
+
+
+def page(title: str, intro: str, sections: Sequence[Section]) -> str:
+    """The whole report as HTML text."""
+    links = "".join(
+        f'<li><a href="#s{number}">{escape(section.title)}</a></li>\n'
+        for number, section in enumerate(sections)
+        if section.rank == 2
+    )
+    body = "\n".join(_section(section, number) for number, section in enumerate(sections))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n<p>{escape(intro)}</p>\n<ul>\n{links}</ul>\n{body}\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _section(section: Section, number: int) -> str:
+    parts = [f'<h{section.rank} id="s{number}">{escape(section.title)}</h{section.rank}>']
+    if section.text:
+        parts.append(f"<p>{escape(section.text)}</p>")
+    for figure in section.figures:
+        data = b64encode(figure.png).decode("ascii")
+        parts.append(f'<img alt="{escape(figure.says)}" src="data:image/png;base64,{data}">')
+    parts += [_table(rows) for rows in section.tables if rows]
+    return "\n".join(parts)
+
+
+def _table(rows: Rows) -> str:
+    head = "".join(f"<th>{escape(key.replace('_', ' '))}</th>" for key in rows[0])
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{escape(shown(key, row[key]))}</td>" for key in row) + "</tr>"
+        for row in rows
+    )
+    table = f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+    if len(rows) <= MANY:
+        return table
+    return f"<details><summary>Table of {len(rows)} rows</summary>\n{table}\n</details>"
+
+
+def shown(column: str, value: object) -> str:
+    """A value of a report's table as text; a dash where there is none."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{100 * value:.2f} %" if column.endswith(PERCENT) else f"{value:.4g}"
