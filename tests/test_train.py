@@ -395,27 +395,6 @@ def test_no_two_steps_or_devices_draw_the_same(
     assert len(seeds) == 2 * 3 * 2
 
 
-def test_a_step_merges_by_thresholds_of_its_own_within_the_ranges(
-    drawn: Path, policy: Path, tmp_path: Path
-) -> None:
-    ranges = tuple((0.1 + 0.1 * row, 0.9) for row in range(len(POLICY.sizes)))
-    phase = Phase(steps=1, batch=1, crop=(64, 64), merge=ranges)
-    recipe = segmenter_recipe(drawn, policy, tmp_path, phase)
-    model = build_segmenter(recipe, LabelledFolder(drawn, "train"))
-    module = SegmenterModule(recipe, 0, model, torch.ones(3))
-    torch.manual_seed(0)
-    drawn_bars = torch.tensor([module.draw_merge(recipe.settings).merge for _ in range(200)])
-    for bars, (low, high) in zip(drawn_bars.unbind(1), ranges, strict=True):
-        assert low <= bars.min() < low + 0.05 and high - 0.05 < bars.max() <= high
-        middle = torch.tensor([low, high]).logit().mean().sigmoid()
-        assert 0.4 < float((bars < middle).float().mean()) < 0.6, "even in log-odds"
-    assert module.draw_merge(recipe.settings).exits == recipe.settings.exits
-    for wrong in (ranges[:1], ((0.0, 0.5),) * len(ranges), ((0.6, 0.5),) * len(ranges)):
-        with pytest.raises(TokenstepError, match="merge"):
-            odd = dataclasses.replace(phase, merge=wrong)
-            dataclasses.replace(recipe, phases=(odd,))
-
-
 def test_devices_look_for_unused_parameters_only_where_there_may_be_some(
     drawn: Path, policy: Path, tmp_path: Path
 ) -> None:

@@ -84,11 +84,8 @@ class Phase:
 
     ``batch`` is the pictures of a step on each device, so that two devices take twice as many.
     ``dense_share`` is the share of pictures that run unmerged, so that the model is good both
-    ways; ``merge`` gives for each superpatch size a range from which every step draws its
-    threshold, evenly in log-odds, so that one set of weights serves all operating points (without
-    it, steps merge at the model's own); ``pruning`` lets exits halt tokens at the model's own
-    thresholds. ``head_lr`` times ``lr`` is the rate of exits, decoder and the projection of policy
-    features. ``optimizer`` "muon" gives
+    ways; ``pruning`` lets exits halt tokens at the model's own thresholds. ``head_lr`` times ``lr``
+    is the rate of exits, decoder and the projection of policy features. ``optimizer`` "muon" gives
     the other matrices orthogonalised momentum (Jordan et al. 2024), at AdamW's rates, and leaves
     the rest to AdamW.
     """
@@ -100,7 +97,6 @@ class Phase:
     warmup: int = 100
     weight_decay: float = 0.05
     dense_share: float = 0.1
-    merge: tuple[tuple[float, float], ...] = ()
     pruning: bool = False
     head_lr: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -115,9 +111,6 @@ class Phase:
         decay = self.weight_decay
         require(0 <= decay < math.inf, "weight_decay", "0 or more", decay)
         require(0 <= self.dense_share <= 1, "dense_share", "0 to 1", self.dense_share)
-        for low, high in self.merge:
-            rising = 0 < low <= high < 1
-            require(rising, "merge", "two thresholds between 0 and 1, rising", (low, high))
 
 
 @dataclass(frozen=True)
@@ -174,9 +167,6 @@ class SegmenterRecipe:
         for name in ("class_balance", "exit_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, "0 or more", value)
-        for phase in self.phases:
-            fits = len(phase.merge) in (0, len(self.settings.merge))
-            require(fits, "phases.merge", "a range for each of settings.merge", phase.merge)
 
 
 def _check_phases(phases: tuple[Phase, ...]) -> None:

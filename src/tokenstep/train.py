@@ -1,6 +1,5 @@
 """Train a policy from label maps, then a segmenter with that policy frozen."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,7 +96,7 @@ class SegmenterModule(PhaseModule):
         torch.manual_seed(self.seed * 1_000_003 + place)
         normal = self.model.normalise(images)
         sights = self.model.look(normal)
-        level = self.model.partition(normal, self.draw_merge(settings), sights)
+        level = self.model.partition(normal, settings, sights)
         dense = torch.rand(len(images), device=level.device) < self.phase.dense_share
         level = torch.where(dense.view(-1, 1, 1), level.clamp(max=0), level)
         watch = DeepSupervision(self.model.exits)
@@ -111,14 +110,6 @@ class SegmenterModule(PhaseModule):
             aside = segmentation_loss(tokens, logits, level, labels, weight)
             loss = loss + self.recipe.exit_weight / len(watch.seen) * aside
         return loss
-
-    def draw_merge(self, settings: Settings) -> Settings:
-        """Settings whose merge thresholds are drawn from the phase's ranges, if it has some."""
-        if not self.phase.merge:
-            return settings
-        low, high = torch.tensor(self.phase.merge, dtype=torch.float64).logit().unbind(1)
-        drawn = torch.lerp(low, high, torch.rand(len(low), dtype=torch.float64)).sigmoid()
-        return replace(settings, merge=tuple(drawn.tolist()))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Count the pixels of one picture, merged and (if in this phase) pruned."""
