@@ -17,6 +17,7 @@ from tokenstep.calibrate import (
     best_threshold,
     calibrate,
     combinations,
+    contenders,
     front,
     merge_thresholds,
     other_spares,
@@ -104,6 +105,24 @@ def test_nothing_beats_the_front_and_the_front_beats_the_rest(pairs: list[tuple[
         better = [(g, m) for g, m in pairs if g <= gmac and m >= miou and (g, m) != (gmac, miou)]
         assert not (index in kept and better)
         assert index in kept or better or any(pairs[k] == (gmac, miou) for k in kept)
+
+
+@given(costs, st.integers(1, 40))
+def test_contenders_are_the_front_first_and_then_what_is_next_to_it(
+    pairs: list[tuple[int, int]], most: int
+) -> None:
+    measured = [
+        (Settings(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
+        for index, (gmac, miou) in enumerate(pairs)
+    ]
+    kept = contenders(measured, most)
+    assert len(set(kept)) == len(kept) == min(most, len(pairs))
+    first = front(measured)
+    assert set(kept) <= set(first) if most <= len(first) else set(first) <= set(kept)
+    for one in set(range(len(pairs))) - {settings.spare for settings in kept}:
+        gmac, miou = pairs[one]
+        if len(kept) > len(first):
+            assert any(pairs[k.spare][0] <= gmac and pairs[k.spare][1] >= miou for k in kept)
 
 
 @given(st.integers(1, 30), st.integers(1, 12))
