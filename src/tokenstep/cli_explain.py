@@ -12,7 +12,7 @@ from tokenstep import tables
 from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain import explain_picture, look
+from tokenstep.explain import difference_rows, explain_picture, look
 from tokenstep.explain_set import explain_folder, worst
 from tokenstep.infer import output_names, scaled_down
 from tokenstep.options import (
@@ -152,11 +152,13 @@ def _explain_data(network: StepSegmenter, folder: LabelledFolder, settings: Sett
         image, label = folder[by_name[file]]
         view = look(network, image, settings)
         dense = network.segment_batch([image], settings=DENSE)[0].labels
+        truth = label.numpy()
         numbers = explain_picture(view)
+        found = difference_rows(view.result.labels, dense, truth)
         name = Path(file).stem
-        report["worst"].append({"picture": file, **numbers})
+        report["worst"].append({"picture": file, **numbers, "difference": found})
         sections += picture_sections(name, view, numbers, rank=3)
-        sections.append(difference_section(name, view, dense, label.numpy()))
+        sections.append(difference_section(name, view, dense, truth))
     return report, sections
 
 

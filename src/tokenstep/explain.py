@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.config import Settings
+from tokenstep.data import IGNORE
 from tokenstep.model.exits import DeepSupervision, confidence_of
 from tokenstep.model.unmerge import rows_of_cells, unmerge
 from tokenstep.result import Result, TokenUse
@@ -146,6 +147,30 @@ def explain_picture(view: View) -> dict[str, Any]:
         "depths": depth_rows(view.result.tokens),
         "exits": exit_rows(view),
     }
+
+
+def differences(
+    step: NDArray[np.uint8], dense: NDArray[np.uint8], truth: NDArray[np.uint8]
+) -> dict[str, NDArray[np.bool_]]:
+    """Labelled pixels that STEP gives another class than dense, by who is right; all ``(h, w)``."""
+    changed = (step != dense) & (truth != IGNORE)
+    return {
+        "lost: dense is right": changed & (dense == truth),
+        "gained: STEP is right": changed & (step == truth),
+        "both wrong": changed & (dense != truth) & (step != truth),
+    }
+
+
+def difference_rows(
+    step: NDArray[np.uint8], dense: NDArray[np.uint8], truth: NDArray[np.uint8]
+) -> Rows:
+    """How many pixels :func:`differences` finds, and their share of the labelled ones."""
+    labelled = max(1, int((truth != IGNORE).sum()))
+    counts = {who: int(mask.sum()) for who, mask in differences(step, dense, truth).items()}
+    return [
+        {"difference": who, "pixels": count, "labelled_share": count / labelled}
+        for who, count in counts.items()
+    ]
 
 
 def over_pixels(cells: NDArray[Any], patch: int, size: Sequence[int]) -> NDArray[Any]:

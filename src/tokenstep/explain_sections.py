@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from tokenstep import figures, plots
-from tokenstep.explain import View
+from tokenstep.explain import View, difference_rows
 from tokenstep.report_html import FigureFile, Section
 
 Draw = Callable[[Axes], None]
@@ -91,6 +91,7 @@ def difference_section(
         "Difference to dense",
         "Pixels whose class is not the one that the dense model gives.",
         [_photo(f"{name}.difference", "pixels where STEP and dense differ", draw, view)],
+        [difference_rows(view.result.labels, dense, truth)],
         rank=3,
     )
 

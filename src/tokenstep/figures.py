@@ -16,13 +16,21 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenstep.data import IGNORE
-from tokenstep.explain import ExitView, View, depth_name, depths_of, over_pixels
+from tokenstep.explain import (
+    ExitView,
+    View,
+    depth_name,
+    depths_of,
+    difference_rows,
+    differences,
+    over_pixels,
+)
 
 WIDTH = 8.0  # inches of a figure, at DPI dots each: 800 px
 DPI = 100
 BLACK, ORANGE, SKY, YELLOW = "#000000", "#e69f00", "#56b4e9", "#f0e442"
 BLUE, RED = "#0072b2", "#d55e00"
+_DIFFERENCES = (RED, BLUE, YELLOW)  # lost, gained, both wrong
 _GREYED = 0.35  # weight of the picture under a map's colours
 
 
@@ -101,25 +109,15 @@ def confidence(axes: Axes, view: View, seen: ExitView) -> None:
 def difference(axes: Axes, view: View, dense: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
     """Mark the pixels that STEP labels otherwise than dense; all maps are ``(h, w)``."""
     step = view.result.labels
-    changed = (step != dense) & (truth != IGNORE)
-    marks = (
-        (changed & (dense == truth), RED, "lost: dense is right"),
-        (changed & (step == truth), BLUE, "gained: STEP is right"),
-        (changed & (dense != truth) & (step != truth), YELLOW, "both wrong"),
-    )
+    masks = differences(step, dense, truth)
     drawn = _grey(view.image)
-    for mask, colour, _ in marks:
+    for colour, mask in zip(_DIFFERENCES, masks.values(), strict=True):
         drawn[mask] = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
     _map(axes, drawn)
-    labelled = max(1, int((truth != IGNORE).sum()))
     axes.set_title("where STEP and dense differ, share of the labelled pixels")
-    _below(
-        axes,
-        [
-            Patch(facecolor=colour, label=f"{name}, {mask.sum() / labelled:.1%}")
-            for mask, colour, name in marks
-        ],
-    )
+    rows = difference_rows(step, dense, truth)
+    names = [f"{row['difference']}, {row['labelled_share']:.1%}" for row in rows]
+    _below(axes, [Patch(facecolor=c, label=n) for c, n in zip(_DIFFERENCES, names, strict=True)])
 
 
 def depth_colours(depths: Sequence[int]) -> list[tuple[float, float, float]]:
