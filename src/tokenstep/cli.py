@@ -17,6 +17,7 @@ from tokenstep.options import (
     Device,
     Exits,
     MaxLoss,
+    MaxSide,
     Merge,
     ModelName,
     Overrides,
@@ -78,9 +79,7 @@ def segment(
         bool, typer.Option("--compare", help="Run the dense model too and report its time.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch; sizes may differ.")] = 1,
-    max_side: Annotated[
-        int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
-    ] = None,
+    max_side: MaxSide = None,
     tile: Annotated[
         int | None,
         typer.Option(

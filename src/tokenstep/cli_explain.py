@@ -19,6 +19,7 @@ from tokenstep.options import (
     Device,
     Exits,
     MaxLoss,
+    MaxSide,
     Merge,
     ModelName,
     Names,
@@ -56,9 +57,7 @@ def explain_command(
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="train, val or test; with --data.")] = "test",
     names: Names = None,
-    max_side: Annotated[
-        int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
-    ] = None,
+    max_side: MaxSide = None,
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,

@@ -39,6 +39,10 @@ MaxLoss = Annotated[
     ),
 ]
 
+MaxSide = Annotated[
+    int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
+]
+
 
 def load_model(name: str, device: str, threads: int | None) -> StepSegmenter:
     """Load a model onto a device."""
