@@ -98,7 +98,7 @@ def peak_of(way: Way, load: Load, device: torch.device) -> float | None:
 def against(dense: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
     """How much faster and cheaper a row is than the dense one."""
     return {
-        "speedup": dense["latency_ms"]["p50"] / one["latency_ms"]["p50"],
+        "speedup": one["throughput"] / dense["throughput"],
         "compute_ratio": dense["gmac"] / one["gmac"] if one["gmac"] else None,
     }
 

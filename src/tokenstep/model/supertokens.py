@@ -20,6 +20,9 @@ from tokenstep.model.superpatches import Grid, grid_of, halved, uniform
 from tokenstep.tokens import PackedTokens
 
 
+BAND_WINDOWS = 128  # windows cut out at a time, 1.5 MiB of 32 x 32 px: all would leave the caches
+
+
 class LinearEmbed(nn.Module):
     """timm's patch embedding on patches ``(n, 3, p, p)`` that were cut out before."""
 
@@ -154,7 +157,7 @@ class Tokeniser(nn.Module):
             reached = rank
             # Aligned squares: the top left cell of each superpatch lies on this stride.
             picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
-            x = self.embed(self._windows(scaled, side, coarsest)[picture, :, row, column])
+            x = self._embedded(self._windows(scaled, side, coarsest), (picture, row, column))
             if self.sub_patches is not None and rank > 0:
                 where = (picture, row, column)
                 x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, where))
@@ -170,6 +173,12 @@ class Tokeniser(nn.Module):
         x = torch.cat(features)
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
+
+    def _embedded(self, windows: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Embed the ``windows (B, 3, rows, columns, k, k)`` at ``where``, ``(n, D)``, in bands."""
+        bands = zip(*(torch.split(index, BAND_WINDOWS) for index in where), strict=True)
+        found = [self.embed(windows[picture, :, row, column]) for picture, row, column in bands]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _windows(self, scaled: Tensor, side: int, coarsest: int) -> Tensor:
         """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``.
