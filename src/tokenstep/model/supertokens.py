@@ -19,7 +19,6 @@ from tokenstep.model.positions import PooledPositions
 from tokenstep.model.superpatches import Grid, grid_of, halved, uniform
 from tokenstep.tokens import PackedTokens
 
-
 BAND_WINDOWS = 128  # windows cut out at a time, 1.5 MiB of 32 x 32 px: all would leave the caches
 
 
