@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokenstep import cost
 from tokenstep.config import DENSE, Settings
 from tokenstep.cost import Cost
+from tokenstep.model.positions import PooledPositions
+from tokenstep.model.superpatches import grid_of
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
 
@@ -41,6 +43,15 @@ def counted(model: StepSegmenter, images: list[torch.Tensor], settings: Settings
         FlopCounterMode(display=False) as counter,
     ):
         model(images, settings=settings)
+    return counter.get_total_flops() / 2e9 - interpolated(model, images)
+
+
+def interpolated(model: StepSegmenter, images: list[torch.Tensor]) -> float:
+    """GMAC of scaling the positions: interpolation is not counted, though it runs as products."""
+    maps = model.tokenise.position_maps()
+    assert maps is not None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        PooledPositions.of(maps, [grid_of(image.shape[-2:], model.patch) for image in images])
     return counter.get_total_flops() / 2e9
 
 
