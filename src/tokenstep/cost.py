@@ -1,8 +1,8 @@
 """Compute of one picture in GMAC, from the tokens that it really had.
 
 Linear layers and attention are counted by formula, the convolutional parts by torch's own counter
-on the meta device. Norms, softmax, activations and interpolation (of positions too, though that runs
-as products) are not counted, as in the literature.
+on the meta device. Norms, softmax, activations and interpolation (of positions too, though that
+runs as products) are not counted, as in the literature.
 """
 
 from collections.abc import Callable, Sequence
