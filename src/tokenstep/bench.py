@@ -22,6 +22,7 @@ from tokenstep.cases import Case, Load, batches_of, fitting
 from tokenstep.config import DENSE, Settings, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.machine import peak_mib
+from tokenstep.result import Result
 from tokenstep.rivals import MakeRival, Rival
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.transforms import to_float
@@ -109,12 +110,7 @@ def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]
 
     def own(settings: Settings) -> Way:
         def run(pictures: Sequence[Tensor]) -> Spent:
-            results = model.segment_batch(pictures, settings=settings)
-            stages = results[0].milliseconds
-            return Spent(
-                _summed([asdict(result.cost) for result in results]),
-                {stage: time * len(results) for stage, time in stages.items()},
-            )
+            return _spent(model.segment_batch(pictures, settings=settings))
 
         return run
 
@@ -128,9 +124,8 @@ def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]
             labels = torch.from_numpy(result.labels)[None]
             tvf.resize(labels, list(case.size), interpolation=InterpolationMode.NEAREST_EXACT)
         scaling = 1000 * (shrunk - start + perf_counter() - ended)
-        stages = {stage: time * len(results) for stage, time in results[0].milliseconds.items()}
-        cost = _summed([asdict(result.cost) for result in results])
-        return Spent(cost, {"scale": scaling} | stages)
+        spent = _spent(results)
+        return replace(spent, stages={"scale": scaling} | spent.stages)
 
     return {"dense": own(DENSE), "STEP": own(settings), "dense at 0.5 x the sides": at_half}
 
@@ -143,8 +138,12 @@ def _other(rival: Rival, device: torch.device) -> Way:
     return run
 
 
-def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(part[name] for part in parts) for name in parts[0]}
+def _spent(results: Sequence[Result]) -> Spent:
+    costs = [asdict(result.cost) for result in results]
+    return Spent(
+        {part: sum(cost[part] for cost in costs) for part in costs[0]},
+        {stage: time * len(results) for stage, time in results[0].milliseconds.items()},
+    )
 
 
 def rounds(

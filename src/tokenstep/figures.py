@@ -64,8 +64,9 @@ def partition(axes: Axes, view: View) -> None:
     """Outline every token over the picture: a superpatch, or a single patch."""
     use, patch = view.result.tokens, view.result.patch
     _map(axes, view.image)
-    axes.add_collection(LineCollection(_outlines(use.owner, patch), colors=BLACK, linewidths=1.3))
-    axes.add_collection(LineCollection(_outlines(use.owner, patch), colors="white", linewidths=0.5))
+    lines = _outlines(use.owner, patch)
+    axes.add_collection(LineCollection(lines, colors=BLACK, linewidths=1.3))
+    axes.add_collection(LineCollection(lines, colors="white", linewidths=0.5))
     axes.set_title(f"{use.start} tokens for {use.grid} patches of {patch} x {patch} px")
 
 

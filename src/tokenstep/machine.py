@@ -106,9 +106,9 @@ def available_bytes(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    limits = [left for left in [_cgroup_left()] if left is not None]
-    return min(found + limits, default=None)
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    left = _cgroup_left()
+    return min(free if left is None else [*free, left], default=None)
 
 
 def _cgroup_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -45,9 +45,7 @@ def sub_cell_index(rows: Tensor, level: Tensor, side: int) -> Tensor:
 
 def _repeated(cells: Tensor, side: int) -> Tensor:
     """Each cell of ``(..., H, W)`` as ``side x side`` of them."""
-    wide = cells[..., :, None, :, None].expand(
-        *cells.shape[:-2], cells.shape[-2], side, cells.shape[-1], side
-    )
+    wide = cells[..., :, None, :, None].expand(*cells.shape[:-1], side, cells.shape[-1], side)
     return wide.flatten(-4, -3).flatten(-2)
 
 
