@@ -45,7 +45,7 @@ def test_bands_leave_the_label_map_as_it_is(
     height = (grid[0] - 1) * patch + data.draw(st.integers(1, patch))
     width = (grid[1] - 1) * patch + data.draw(st.integers(1, patch))
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(decode, "BAND_FLOATS", band * patch * grid[1] * values.shape[2])
+        patcher.setattr(decode, "BAND_FLOATS", band * patch**2 * values.shape[2])
         got = label_map([values], rows, level, patch=patch, size=(height, width))
     whole = whole_map(values, rows, level, patch)[:, :height, :width]
     assert got.shape == (height, width)

@@ -79,6 +79,20 @@ def test_supertokens_equal_cutting_and_scaling_each_superpatch(
             assert torch.allclose(rows[build.prefix_count :], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("patch", [4, 8, 14])
+@pytest.mark.parametrize("cells", [5, 9, 11])
+def test_what_large_superpatches_see_beyond_an_odd_border(patch: int, cells: int) -> None:
+    build = tokeniser("conv", patch=patch)
+    side = 1 << cells.bit_length() - 1  # 4 or 8: as large as fits, with an odd rest beside it
+    picture = torch.randn(3, cells * patch, cells * patch)
+    level = torch.zeros(cells, cells, dtype=torch.int8)
+    level[:side, :side] = side.bit_length() - 1
+    with torch.no_grad():
+        tokens = build([picture], level[None])
+        expected = reference(build, picture, level)
+    assert torch.allclose(tokens.x[build.prefix_count :], expected, atol=1e-4)
+
+
 @settings(max_examples=10)
 @given(SIZES, st.sampled_from(["linear", "conv"]), st.booleans())
 def test_a_picture_does_not_see_its_batch(

@@ -1,6 +1,7 @@
 """Stage 6 of 6: live tokens -> class scores; cells -> label map at picture size."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -91,7 +92,6 @@ class MaskDecoder(nn.Module):
         )
 
 
-MIXED = 255  # no class: there are at most 255, counted from 0
 BAND_FLOATS = 4 * 2**20  # logits of the pixels looked at together: 16 MiB in fp32
 
 
@@ -103,38 +103,70 @@ def label_map(
     ``values`` are the logits ``(T, S, C)`` of the live tokens and, if any halted, theirs;
     ``rows (H, W)``, which counts through both, and ``level (H, W)`` say which one speaks for each
     cell. The result is the argmax of the sub-cells' logits scaled up bilinearly. Where the four
-    sub-cells around a pixel agree on a class, so does every mixture of them: only the other
-    pixels, a few in a hundred, are interpolated.
+    sub-cells around a pixel agree on a class, so does every mixture of them: only the squares
+    between four that do not, a few in a hundred, are interpolated.
     """
-    side = round(values[0].shape[1] ** 0.5)
     parts = [part.flatten(0, 1) for part in values]
-    index = sub_cell_index(rows, level, side)
+    index = sub_cell_index(rows, level, round(values[0].shape[1] ** 0.5))
     best = torch.cat([part.max(dim=1).indices.to(torch.uint8) for part in parts])
+    down = _Axis.of(rows.shape[0] * patch, index.shape[0], rows.device)
+    across = _Axis.of(rows.shape[1] * patch, index.shape[1], rows.device)
+    # A border of sub-cells all round, as bilinear scaling repeats them.
+    index = index[down.cells][:, across.cells]
     fine = best[index]
-    beside = F.pad(fine[:, 1:] != fine[:, :-1], (0, 1))
-    mixed = beside | F.pad((fine[1:] != fine[:-1]) | beside[1:], (0, 0, 0, 1))
-    marked = fine.masked_fill(mixed, MIXED)
+    labels = fine.index_select(1, across.square).index_select(0, down.square)
 
-    height, width = rows.shape[0] * patch, rows.shape[1] * patch
-    above, below, down = _corners(height, index.shape[0], rows.device)
-    left, right, across = _corners(width, index.shape[1], rows.device)
-    labels = marked.index_select(1, left).index_select(0, above)
-    band = max(1, BAND_FLOATS // (width * parts[0].shape[1]))
-    for first in range(0, height, band):
-        y, x = (labels[first : first + band] == MIXED).nonzero(as_tuple=True)
-        y = y + first
-        corners = [(row, column) for row in (above[y], below[y]) for column in (left[x], right[x])]
-        picked = _rows_of(parts, torch.stack([index[corner] for corner in corners])).float()
-        upper, lower = torch.lerp(picked[::2], picked[1::2], across[x, None])
-        labels[y, x] = torch.lerp(upper, lower, down[y, None]).max(1).indices.to(torch.uint8)
+    beside = fine[:, 1:] != fine[:, :-1]
+    mixed = (fine[1:] != fine[:-1])[:, 1:] | beside[1:] | beside[:-1]
+    mixed &= (down.count > 0)[:, None] & (across.count > 0)
+    tops, lefts = mixed.nonzero(as_tuple=True)
+    classes = parts[0].shape[1]
+    band = max(1, BAND_FLOATS // (down.most * across.most * classes))
+    for top, left in zip(torch.split(tops, band), torch.split(lefts, band), strict=True):
+        corners = [index[top + below, left + right] for below in (0, 1) for right in (0, 1)]
+        picked = _rows_of(parts, torch.cat(corners)).float()
+        # The squares last in memory, since there are many more of them than classes.
+        picked = picked.view(2, 2, len(top), classes).permute(3, 0, 1, 2).contiguous()
+        y, x = down.pixels(top), across.pixels(left)
+        scaled = torch.lerp(picked[:, :, :1], picked[:, :, 1:], across.weight[x])
+        scaled = torch.lerp(scaled[:, :1], scaled[:, 1:], down.weight[y][:, None])
+        labels[y[:, None], x] = scaled.max(0).indices.to(torch.uint8)
     return labels[: size[0], : size[1]]
 
 
-def _corners(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis, the cells before and after each pixel, and how near it is to the latter."""
-    centre = (torch.arange(pixels, device=device) + 0.5) * (cells / pixels) - 0.5
-    before = centre.clamp(min=0).long()
-    return before, (before + 1).clamp(max=cells - 1), centre.clamp(min=0) - before
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """How bilinear scaling lays pixels between sub-cells along one axis.
+
+    Square ``k`` lies between the centres of sub-cells ``k - 1`` and ``k``; the first and the last
+    have one on both sides.
+    """
+
+    cells: Tensor  # the sub-cells with the first and the last one twice
+    square: Tensor  # of each pixel
+    weight: Tensor  # of each pixel: how near it is to the second of its square's sub-cells
+    start: Tensor  # first pixel of each square
+    count: Tensor  # pixels of each square
+    most: int  # the largest count
+
+    @classmethod
+    def of(cls, pixels: int, cells: int, device: torch.device) -> "_Axis":
+        centre = (torch.arange(pixels, device=device) + 0.5) * (cells / pixels) + 0.5
+        square = centre.long()
+        count = torch.bincount(square, minlength=cells + 1)
+        return cls(
+            torch.arange(-1, cells + 1, device=device).clamp(0, cells - 1),
+            square,
+            centre - square,
+            count.cumsum(0) - count,
+            count,
+            -(-pixels // cells),
+        )
+
+    def pixels(self, squares: Tensor) -> Tensor:
+        """Pixels of ``squares (n,)``, ``(most, n)``; one with fewer repeats its last."""
+        steps = torch.arange(self.most, device=squares.device)[:, None]
+        return self.start[squares] + torch.minimum(steps, self.count[squares] - 1)
 
 
 def _rows_of(parts: Sequence[Tensor], index: Tensor) -> Tensor:

@@ -79,6 +79,8 @@ class Tokeniser(nn.Module):
         super().__init__()
         self.embed = embed
         self.margin = cast(int, embed.margin)
+        # In whole fours, so that half of it, less what a last odd row takes, is still a border.
+        self.edge = -(-self.margin // 4) * 4
         self.patch = int(vit.patch_embed.patch_size[0])
         self.table_grid: Grid = tuple(vit.patch_embed.grid_size)
         self.cls_token = vit.cls_token
@@ -103,13 +105,13 @@ class Tokeniser(nn.Module):
                 nn.Linear(vit.embed_dim, vit.embed_dim),
             )
 
-    def canvas(self, pictures: Sequence[Tensor], grid: Grid, coarsest: int) -> Tensor:
+    def canvas(self, pictures: Sequence[Tensor], grid: Grid) -> Tensor:
         """Lay pictures ``(3, h, w)`` on one ``(B, 3, ...)`` canvas, borders replicated outwards.
 
         Beyond its own border a picture goes on as its border pixel for as far as the canvas goes:
         so what a window sees there does not depend on the other pictures.
         """
-        edge = self.margin * coarsest
+        edge = self.edge
         height, width = (side * self.patch for side in grid)
         padded = [
             F.pad(
@@ -120,6 +122,12 @@ class Tokeniser(nn.Module):
             for picture in pictures
         ]
         return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+    def _halved(self, canvas: Tensor) -> Tensor:
+        """A canvas of half the size, whose border is as wide as before."""
+        outwards = self.edge // 2
+        smaller = halved(canvas)
+        return F.pad(smaller, (outwards,) * 4, mode="replicate") if outwards else smaller
 
     def forward(
         self, pictures: Sequence[Tensor], level: Tensor, context: Tensor | None = None
@@ -141,25 +149,24 @@ class Tokeniser(nn.Module):
             )
         _, height, width = level.shape
         levels = [int(found) for found in torch.unique(level).tolist() if found >= 0]
-        coarsest = 1 << max(levels)
         maps = self.position_maps()
         positions = None if maps is None else PooledPositions.of(maps, grids)
-        canvas = self.canvas(pictures, (height, width), coarsest)
+        canvas = self.canvas(pictures, (height, width))
         features, anchors, sizes = [], [], []
         scaled, seen, reached = canvas, context, 0
         for rank in levels:
             side = 1 << rank
             for _ in range(rank - reached):
-                scaled = halved(scaled)
+                scaled = self._halved(scaled)
                 seen = None if seen is None else halved(seen)
                 positions = None if positions is None else positions.halved()
             reached = rank
             # Aligned squares: the top left cell of each superpatch lies on this stride.
             picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
-            x = self._embedded(self._windows(scaled, side, coarsest), (picture, row, column))
+            x = self._embedded(self._windows(scaled), (picture, row, column))
             if self.sub_patches is not None and rank > 0:
                 where = (picture, row, column)
-                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, coarsest, where))
+                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, where))
             if self.context is not None and seen is not None:
                 x = x + self.context(seen[picture, :, row, column].to(x.dtype))
             if positions is not None:
@@ -179,25 +186,22 @@ class Tokeniser(nn.Module):
         found = [self.embed(windows[picture, :, row, column]) for picture, row, column in bands]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _windows(self, scaled: Tensor, side: int, coarsest: int) -> Tensor:
-        """View of every superpatch of ``side`` with its margin: ``(B, 3, rows, columns, k, k)``.
-
-        ``scaled`` is the canvas, smaller by ``side``.
-        """
-        start = self.margin * (coarsest // side) - self.margin
-        cut = scaled[:, :, start:, start:]
+    def _windows(self, canvas: Tensor) -> Tensor:
+        """View of every patch of a canvas with its margin: ``(B, 3, rows, columns, k, k)``."""
+        start = self.edge - self.margin
+        cut = canvas[:, :, start:, start:]
         extent = self.patch + 2 * self.margin
         return cut.unfold(2, extent, self.patch).unfold(3, extent, self.patch)
 
     def _sub_patch_mean(
-        self, canvas: Tensor, side: int, coarsest: int, where: tuple[Tensor, Tensor, Tensor]
+        self, canvas: Tensor, side: int, where: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
         """Mean embedding of the single patches within each superpatch, ``(n, D)``."""
         picture, row, column = where
         inner = torch.arange(side, device=row.device)
         rows = (row[:, None] * side + inner)[:, :, None]
         columns = (column[:, None] * side + inner)[:, None, :]
-        patches = self._windows(canvas, 1, coarsest)[picture[:, None, None], :, rows, columns]
+        patches = self._windows(canvas)[picture[:, None, None], :, rows, columns]
         embedded = cast(Tensor, self.embed(patches.flatten(0, 2)))
         return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
 
