@@ -18,9 +18,10 @@ from conftest import CLASSES, PALETTE
 from PIL import Image
 from samples import labelled_folder, pattern, png_header
 
-from tokenstep import __version__, cli, report_html, terminal
+from tokenstep import __version__, cli, terminal
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
 from tokenstep.errors import TokenstepError
+from tokenstep.explain.report import shown
 from tokenstep.hub import load, shipped_models
 from tokenstep.pictures import read_picture
 from tokenstep.segmenter import StepSegmenter
@@ -414,9 +415,9 @@ def test_training_without_its_extra_says_what_to_install(
 
 
 def test_a_bar_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for shown in (True, False):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
-        assert terminal.progress_bar().disable is not shown
+    for visible in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda visible=visible: visible)
+        assert terminal.progress_bar().disable is not visible
 
 
 # --- calibrate and its knob -------------------------------------------------------------------
@@ -546,7 +547,7 @@ def test_explain_shows_every_number_of_a_labelled_folder(
     for table in shown_tables:
         if table != report["worst"]:
             for key, value in table[0].items():
-                assert f"<td>{escape(report_html.shown(key, value))}</td>" in page
+                assert f"<td>{escape(shown(key, value))}</td>" in page
     assert len(report["worst"]) == min(10, report["images"])
 
 

@@ -12,8 +12,9 @@ from tokenstep import tables
 from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain import difference_rows, explain_picture, look
-from tokenstep.explain_set import explain_folder, worst
+from tokenstep.explain.folder import explain_folder, worst
+from tokenstep.explain.report import Section, page
+from tokenstep.explain.views import difference_rows, explain_picture, look
 from tokenstep.infer import output_names, scaled_down
 from tokenstep.options import (
     Device,
@@ -35,7 +36,6 @@ from tokenstep.pictures import (
     write_text,
     write_whole,
 )
-from tokenstep.report_html import Section, page
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.terminal import as_json, complain, progress_bar, require_extra
 from tokenstep.tiles import fits
@@ -103,7 +103,7 @@ def _explain_pictures(
     network: StepSegmenter, named: Sequence[str], settings: Settings, max_side: int | None
 ) -> Found:
     """Explain each picture that can be read and segmented."""
-    from tokenstep.explain_sections import picture_sections
+    from tokenstep.explain.sections import picture_sections
 
     paths, missing = find_pictures(named)
     faults = [{"file": file, "error": fault} for file, fault in missing.items()]
@@ -130,7 +130,7 @@ def _explain_pictures(
 
 def _explain_data(network: StepSegmenter, folder: LabelledFolder, settings: Settings) -> Found:
     """Explain a labelled folder, and the pictures that lost most against dense one by one."""
-    from tokenstep.explain_sections import difference_section, picture_sections, set_sections
+    from tokenstep.explain.sections import difference_section, picture_sections, set_sections
 
     with progress_bar() as progress:
         task = progress.add_task("explain", total=len(folder))

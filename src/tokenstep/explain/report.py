@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tokenstep.explain import Rows
+from tokenstep.explain.views import Rows
 
 MANY = 15  # rows; a longer table is folded
 # Columns of numbers from 0 to 1 that are shown in %.

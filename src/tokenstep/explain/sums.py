@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.data import IGNORE
-from tokenstep.explain import Rows, View, over_pixels
+from tokenstep.explain.views import Rows, View, over_pixels
 from tokenstep.metrics import Tally, interior
 from tokenstep.reliability import bin_sums, sub_cell_labels
 from tokenstep.result import Result

@@ -17,8 +17,8 @@ from tokenstep.config import DENSE, Settings
 from tokenstep.data import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import evaluate
-from tokenstep.explain import look
-from tokenstep.explain_set import explain_folder, ways_of, worst
+from tokenstep.explain.folder import explain_folder, ways_of, worst
+from tokenstep.explain.views import look
 from tokenstep.measure import Run
 from tokenstep.metrics import interior
 from tokenstep.segmenter import StepSegmenter

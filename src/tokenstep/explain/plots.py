@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tokenstep.explain import Rows
-from tokenstep.figures import BLACK, BLUE, ORANGE, RED, SKY, depth_colours
+from tokenstep.explain.figures import BLACK, BLUE, ORANGE, RED, SKY, depth_colours
+from tokenstep.explain.views import Rows
 
 WAYS = {  # colour, marker and name of each way that a picture is run in
     "dense": (BLACK, "o", "dense"),

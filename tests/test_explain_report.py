@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tokenstep.report_html import FigureFile, Section, page, shown
+from tokenstep.explain.report import FigureFile, Section, page, shown
 
 ROWS = [
     {"class": "a <b> & c", "pixels_share": 0.25, "tokens": 7, "points_lost": -0.123456},

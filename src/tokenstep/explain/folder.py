@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain import Rows, depth_name, look
-from tokenstep.explain_sums import FolderSums, ratio
+from tokenstep.explain.sums import FolderSums, ratio
+from tokenstep.explain.views import Rows, depth_name, look
 from tokenstep.measure import require_same_classes
 from tokenstep.reliability import reliability_of
 from tokenstep.segmenter import StepSegmenter

@@ -18,13 +18,13 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes
 
-from tokenstep import figures, plots
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
-from tokenstep.explain import View, explain_picture, look
-from tokenstep.explain_sections import difference_section, picture_sections, set_sections
-from tokenstep.explain_set import explain_folder
-from tokenstep.report_html import FigureFile
+from tokenstep.explain import figures, plots
+from tokenstep.explain.folder import explain_folder
+from tokenstep.explain.report import FigureFile
+from tokenstep.explain.sections import difference_section, picture_sections, set_sections
+from tokenstep.explain.views import View, explain_picture, look
 from tokenstep.segmenter import StepSegmenter
 
 STEP = Settings(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)

@@ -12,7 +12,7 @@ from samples import pattern
 from support import scramble
 
 from tokenstep.config import DENSE, Settings
-from tokenstep.explain import View, depths_of, explain_picture, look, over_pixels
+from tokenstep.explain.views import View, depths_of, explain_picture, look, over_pixels
 from tokenstep.model.exits import EarlyPruning
 from tokenstep.reducers.base import Halt
 from tokenstep.segmenter import StepSegmenter

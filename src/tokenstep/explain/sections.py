@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from tokenstep import figures, plots
-from tokenstep.explain import View, difference_rows
-from tokenstep.report_html import FigureFile, Section
+from tokenstep.explain import figures, plots
+from tokenstep.explain.report import FigureFile, Section
+from tokenstep.explain.views import View, difference_rows
 
 Draw = Callable[[Axes], None]
 
