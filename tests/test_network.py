@@ -60,6 +60,16 @@ def test_a_tensor_and_a_list_are_the_same(model: StepNetwork) -> None:
     assert torch.equal(one.logits, other.logits)
 
 
+def test_bytes_and_floats_are_the_same_and_stay_as_they_are(model: StepNetwork) -> None:
+    pixels = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    floats = pixels / 255
+    given = floats.clone()
+    with torch.inference_mode():
+        ours, theirs = model([pixels]), model([floats])
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert torch.equal(floats, given) and pixels.dtype == torch.uint8
+
+
 def test_its_own_settings_are_the_default(
     tiny_config: Callable[..., ModelConfig], tiny_model: TinyModel
 ) -> None:

@@ -23,7 +23,6 @@ from tokenstep.model.superpatches import padded_labels, purity
 from tokenstep.pictures import write_text
 from tokenstep.reliability import fit_exits
 from tokenstep.segmenter import StepSegmenter
-from tokenstep.transforms import to_float
 
 Measure = Callable[[Settings, LabelledFolder], dict[str, Any]]
 
@@ -177,7 +176,7 @@ def merge_thresholds(
     sizes, classes = model.config.policy.sizes, len(model.config.classes)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sizes]
     for image, label in folder:
-        ((_, sight),) = model.look(model.normalise([to_float(image).to(device)])).groups
+        ((_, sight),) = model.look(model.normalise([image.to(device)])).groups
         full = padded_labels(label[None], model.patch)
         for row, (size, score) in enumerate(zip(sizes, model.scores(sight), strict=True)):
             share = purity(full, size * model.patch, classes)

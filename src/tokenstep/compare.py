@@ -11,7 +11,6 @@ from tokenstep.data import LabelledFolder
 from tokenstep.measure import Run, measure
 from tokenstep.model import superpatches
 from tokenstep.segmenter import StepSegmenter
-from tokenstep.transforms import to_float
 
 SCALES = (0.75, 0.5)  # of the picture's sides: what a user would try first
 
@@ -72,7 +71,7 @@ def oracle_tolerance(
     device = next(model.parameters()).device
     wanted = 0
     for image, _ in folder:
-        normal = model.normalise([to_float(image).to(device)])
+        normal = model.normalise([image.to(device)])
         wanted += int(superpatches.token_counts(model.partition(normal, settings)).sum())
 
     def tokens(tolerance: float) -> int:

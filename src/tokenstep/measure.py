@@ -17,7 +17,6 @@ from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
-from tokenstep.transforms import to_float
 
 Partition = Literal["policy", "uniform", "oracle", "random"]
 PARTITIONS: tuple[Partition, ...] = ("policy", "uniform", "oracle", "random")
@@ -124,7 +123,7 @@ def _partition(
             )
         case "random":
             with torch.inference_mode():
-                normal = model.normalise([to_float(image).to(device)])
+                normal = model.normalise([image.to(device)])
                 learned = model.partition(normal, run.settings)
             return superpatches.shuffled(learned, sizes, generator)
 

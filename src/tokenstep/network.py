@@ -25,6 +25,7 @@ from tokenstep.model.unmerge import rows_of_cells
 from tokenstep.reducers.base import Halt, Reducer
 from tokenstep.result import Segmented
 from tokenstep.tokens import PackedTokens
+from tokenstep.transforms import to_float
 
 Pictures = Tensor | Sequence[Tensor]
 Lap = Callable[[str], None]  # told the name of each stage when it ends
@@ -129,7 +130,9 @@ class StepNetwork(nn.Module):
         level: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
     ) -> Segmented:
-        """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, float RGB in 0..1.
+        """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, RGB.
+
+        They are uint8, or float in 0..1.
 
         ``settings`` default to the model's own; ``level (B, H, W)`` replaces the policy's
         partition; ``reducers`` are asked after each block before the exits are.
@@ -141,9 +144,18 @@ class StepNetwork(nn.Module):
         return self.encode(normal, level, settings=settings, sights=sights, reducers=reducers)
 
     def normalise(self, pictures: Pictures) -> list[Tensor]:
-        """Subtract the mean and divide by the standard deviation, picture by picture."""
+        """Subtract the mean and divide by the standard deviation, picture by picture.
+
+        uint8 pictures are scaled to 0..1 first.
+        """
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
-        return [(picture.to(mean.dtype) - mean).div_(std) for picture in pictures]
+        normal = []
+        for picture in pictures:
+            scaled = to_float(picture).to(mean.dtype)
+            # The caller's own floats stay as they are.
+            centred = scaled.sub_(mean) if picture.dtype == torch.uint8 else scaled - mean
+            normal.append(centred.div_(std))
+        return normal
 
     def look(self, normal: Sequence[Tensor]) -> Sights:
         """Prepare what the policy sees of normalised pictures; it runs when it is asked for."""

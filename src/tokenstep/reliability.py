@@ -13,7 +13,6 @@ from tokenstep.model.exits import DeepSupervision
 from tokenstep.model.superpatches import padded_labels
 from tokenstep.model.unmerge import unmerge
 from tokenstep.segmenter import StepSegmenter
-from tokenstep.transforms import to_float
 
 
 @torch.inference_mode(False)
@@ -44,7 +43,7 @@ def exit_logits(
     generator = torch.Generator().manual_seed(0)
     for image, label in folder:
         watch = DeepSupervision(model.exits)
-        out = model([to_float(image).to(device)], settings=settings, reducers=[watch])
+        out = model([image.to(device)], settings=settings, reducers=[watch])
         spreads = [unmerge(tokens, found, out.level)[0] for tokens, found in watch.seen]
         target = sub_cell_labels(label, model.patch, spreads[0].shape[:2]).flatten()
         valid = (target != IGNORE).nonzero().flatten()

@@ -24,7 +24,6 @@ from tokenstep.network import StepNetwork
 from tokenstep.pictures import Picture, picture_tensor
 from tokenstep.reducers.base import Reducer
 from tokenstep.result import Result, Segmented, TokenUse, first_cells
-from tokenstep.transforms import to_float
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -93,7 +92,7 @@ class StepSegmenter(
         device = cast(Tensor, self.mean).device
         clock = _Clock(device)
         # Moved as bytes: a quarter of what floats are.
-        normal = self.normalise([to_float(picture_tensor(one).to(device)) for one in pictures])
+        normal = self.normalise([picture_tensor(one).to(device) for one in pictures])
         clock.lap("prepare")
         sights = self.look(normal)
         by_policy = level is None and bool(settings.merge)

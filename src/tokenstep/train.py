@@ -33,7 +33,6 @@ from tokenstep.runs import (
     save_weights,
 )
 from tokenstep.segmenter import WEIGHTS, StepSegmenter
-from tokenstep.transforms import to_float
 
 
 class PolicyModule(PhaseModule):
@@ -116,7 +115,7 @@ class SegmenterModule(PhaseModule):
         images, labels = batch
         settings = self.recipe.settings
         used = settings if self.phase.pruning else settings.without_exits()
-        predicted = self.model.label_maps(self.model(to_float(images), settings=used))[0]
+        predicted = self.model.label_maps(self.model(images, settings=used))[0]
         self.confusion += confusion_matrix(predicted, labels[0], len(self.model.config.classes))
 
     def on_validation_epoch_start(self) -> None:

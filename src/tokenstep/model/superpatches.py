@@ -72,7 +72,7 @@ def halved(maps: Tensor) -> Tensor:
     height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2
     upper, lower = maps[:, :, 0:height:2, :width], maps[:, :, 1:height:2, :width]
     rows = upper + lower
-    return (rows[..., ::2] + rows[..., 1::2]) / 4
+    return (rows[..., ::2] + rows[..., 1::2]).div_(4)
 
 
 def purity(labels: Tensor, side: int, classes: int, ignore: int = 255) -> Tensor:

@@ -105,30 +105,6 @@ class Tokeniser(nn.Module):
                 nn.Linear(vit.embed_dim, vit.embed_dim),
             )
 
-    def canvas(self, pictures: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Lay pictures ``(3, h, w)`` on one ``(B, 3, ...)`` canvas, borders replicated outwards.
-
-        Beyond its own border a picture goes on as its border pixel for as far as the canvas goes:
-        so what a window sees there does not depend on the other pictures.
-        """
-        edge = self.edge
-        height, width = (side * self.patch for side in grid)
-        padded = [
-            F.pad(
-                picture[None],
-                (edge, width - picture.shape[2] + edge, edge, height - picture.shape[1] + edge),
-                mode="replicate",
-            )
-            for picture in pictures
-        ]
-        return padded[0] if len(padded) == 1 else torch.cat(padded)
-
-    def _halved(self, canvas: Tensor) -> Tensor:
-        """A canvas of half the size, whose border is as wide as before."""
-        outwards = self.edge // 2
-        smaller = halved(canvas)
-        return F.pad(smaller, (outwards,) * 4, mode="replicate") if outwards else smaller
-
     def forward(
         self, pictures: Sequence[Tensor], level: Tensor, context: Tensor | None = None
     ) -> PackedTokens:
@@ -151,7 +127,7 @@ class Tokeniser(nn.Module):
         levels = [int(found) for found in torch.unique(level).tolist() if found >= 0]
         maps = self.position_maps()
         positions = None if maps is None else PooledPositions.of(maps, grids)
-        canvas = self.canvas(pictures, (height, width))
+        canvas = bordered(pictures, height * self.patch, width * self.patch, self.edge)
         features, anchors, sizes = [], [], []
         scaled, seen, reached = canvas, context, 0
         for rank in levels:
@@ -180,18 +156,25 @@ class Tokeniser(nn.Module):
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
 
+    def _halved(self, canvas: Tensor) -> Tensor:
+        """A canvas of half the size, whose border is as wide as before."""
+        smaller = halved(canvas)
+        height, width = smaller.shape[2:]
+        return bordered(smaller.unbind(), height, width, self.edge // 2) if self.edge else smaller
+
     def _embedded(self, windows: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Embed the ``windows (B, 3, rows, columns, k, k)`` at ``where``, ``(n, D)``, in bands."""
+        """Embed the ``windows (B, rows, columns, k, k, 3)`` at ``where``, ``(n, D)``, in bands."""
         bands = zip(*(torch.split(index, BAND_WINDOWS) for index in where), strict=True)
-        found = [self.embed(windows[picture, :, row, column]) for picture, row, column in bands]
+        found = [self.embed(windows[band].movedim(-1, 1)) for band in bands]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _windows(self, canvas: Tensor) -> Tensor:
-        """View of every patch of a canvas with its margin: ``(B, 3, rows, columns, k, k)``."""
+        """View of every patch of a canvas with its margin: ``(B, rows, columns, k, k, 3)``."""
         start = self.edge - self.margin
-        cut = canvas[:, :, start:, start:]
+        cut = canvas.movedim(1, -1)[:, start:, start:]
         extent = self.patch + 2 * self.margin
-        return cut.unfold(2, extent, self.patch).unfold(3, extent, self.patch)
+        windows = cut.unfold(1, extent, self.patch).unfold(2, extent, self.patch)
+        return windows.movedim(3, -1)
 
     def _sub_patch_mean(
         self, canvas: Tensor, side: int, where: tuple[Tensor, Tensor, Tensor]
@@ -201,8 +184,8 @@ class Tokeniser(nn.Module):
         inner = torch.arange(side, device=row.device)
         rows = (row[:, None] * side + inner)[:, :, None]
         columns = (column[:, None] * side + inner)[:, None, :]
-        patches = self._windows(canvas)[picture[:, None, None], :, rows, columns]
-        embedded = cast(Tensor, self.embed(patches.flatten(0, 2)))
+        patches = self._windows(canvas)[picture[:, None, None], rows, columns]
+        embedded = cast(Tensor, self.embed(patches.flatten(0, 2).movedim(-1, 1)))
         return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
 
     def position_maps(self) -> Tensor | None:
@@ -244,6 +227,25 @@ class Tokeniser(nn.Module):
         if self.pos_embed is not None and self.prefix_has_position:
             prefix = prefix + self.pos_embed[0, : self.prefix_count]
         return prefix
+
+
+def bordered(pictures: Sequence[Tensor], height: int, width: int, edge: int) -> Tensor:
+    """Lay pictures ``(3, h, w)`` on a canvas ``(B, 3, height + 2 edge, width + 2 edge)``.
+
+    Beyond its own border a picture goes on as its border pixel for as far as the canvas goes: so
+    what a window sees there does not depend on the other pictures. Channels are last in memory,
+    so that windows are cut in long runs and as the stem's convolutions want them.
+    """
+    canvas = pictures[0].new_empty(len(pictures), height + 2 * edge, width + 2 * edge, 3)
+    for index, picture in enumerate(pictures):
+        sheet = canvas[index]
+        bottom, right = edge + picture.shape[1], edge + picture.shape[2]
+        sheet[edge:bottom, edge:right] = picture.movedim(0, -1)
+        sheet[edge:bottom, :edge] = sheet[edge:bottom, edge : edge + 1]
+        sheet[edge:bottom, right:] = sheet[edge:bottom, right - 1 : right]
+        sheet[:edge] = sheet[edge]
+        sheet[bottom:] = sheet[bottom - 1]
+    return canvas.movedim(-1, 1)
 
 
 def owners(level: Tensor) -> Tensor:
