@@ -16,9 +16,12 @@ from tokenstep import segmenter as segmenter_module
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
+from tokenstep.infer import scaled_down
+from tokenstep.pictures import read_picture, to_tensor
 from tokenstep.segmenter import StepSegmenter
 
 STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
+STREET = Path(__file__).parents[1] / "examples" / "street.jpg"
 
 
 @pytest.fixture
@@ -242,6 +245,18 @@ def test_each_cell_knows_its_token_whatever_the_batch(model: StepSegmenter) -> N
             assert np.array_equal(per_cell[flat], per_cell)
         halted = {after: int((use.layer.ravel()[tokens] == after).sum()) for after in use.halted}
         assert halted == use.halted
+
+
+def test_a_trained_model_gives_a_picture_the_same_result_in_any_batch() -> None:
+    model = load("road")
+    street = to_tensor(scaled_down(read_picture(STREET), 320))
+    pictures = [street, street.flip(2), street[:, 40:, 30:250], street[:, :, ::2]]
+    for picture, together in zip(pictures, model.segment_batch(pictures), strict=True):
+        (alone,) = model.segment_batch([picture])
+        assert np.array_equal(together.tokens.level, alone.tokens.level)
+        # Products of other shapes may round differently: a pixel between two equal classes flips.
+        assert (together.labels != alone.labels).mean() < 1e-4
+        assert (together.tokens.layer != alone.tokens.layer).mean() < 1e-2
 
 
 def test_live_tokens_fall_only_at_exits(model: StepSegmenter) -> None:
