@@ -1,6 +1,7 @@
 """The benchmark times real pictures at sizes that they have, and relates rows to dense ones."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import TinyModel
 from PIL import Image
+from rich.console import Console
 from samples import pattern
 from torch import Tensor
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from tokenstep.cases import Case, fit, fitting, is_noise
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.segmenter import StepSegmenter
+from tokenstep.tables import benched
 
 
 @pytest.fixture
@@ -184,3 +187,23 @@ def test_noise_alone_is_refused(tmp_path: Path) -> None:
     Image.fromarray(noise).save(tmp_path / "noise.png")
     done = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "noise.png")])
     assert isinstance(done.exception, TokenstepError) and "noise" in str(done.exception)
+
+
+def test_large_figures_stay_whole_in_80_columns() -> None:
+    row = {
+        "size": "4096x4096",
+        "batch": 1,
+        "scope": "end_to_end",
+        "method": "dense at 0.5 x the sides",
+        "latency_ms": {"p50": 318256.4, "p95": 327001.2},
+        "throughput": 0.0031421,
+        "gmac": 10116.99,
+        "peak_mib": 1186.2,
+        "speedup": 12.034,
+        "compute_ratio": 13.153,
+    }
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(benched([row]))
+    printed = console.export_text()
+    for figure in ("318256", "327001", "0.003142", "10117", "1186", "12.03", "13.15", "0.91"):
+        assert f" {figure} " in printed, printed

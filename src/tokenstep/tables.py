@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -98,7 +99,9 @@ def benched(rows: Sequence[dict[str, Any]]) -> Group:
 
 
 def _case(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title)
+    # Eight figures of up to seven digits in 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", min_width=12)
     for heading in ("ms p50", "p95", "per s", "GMAC", "MiB", "x speed", "/ GMAC", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -106,16 +109,21 @@ def _case(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         slower = row["method"] != "dense" and speed < 1
         table.add_row(
             row["method"] + (" (slower than dense)" if slower else ""),
-            f"{row['latency_ms']['p50']:.4g}",
-            f"{row['latency_ms']['p95']:.4g}",
-            f"{row['throughput']:.3g}",
-            "-" if row["gmac"] is None else f"{row['gmac']:.4g}",
+            _short(row["latency_ms"]["p50"]),
+            _short(row["latency_ms"]["p95"]),
+            _short(row["throughput"]),
+            "-" if row["gmac"] is None else _short(row["gmac"]),
             "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             f"{speed:.2f}",
             "-" if compute is None else f"{compute:.2f}",
             "-" if compute is None else f"{speed / compute:.2f}",
         )
     return table
+
+
+def _short(value: float) -> str:
+    """Four digits, or all of a larger number's; never an exponent that people cannot compare."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
 
 
 def grown(rows: Sequence[dict[str, Any]]) -> Table:
