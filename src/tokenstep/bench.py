@@ -79,8 +79,9 @@ def bench(
             while not taken["dense"] or perf_counter() - started < seconds * len(runs):
                 for method, found in next(turns).items():
                     taken[method].append(found)
+            batch = next(batches)
             peaks = {
-                method: None if method in rivals else peak_of(run, next(batches), device)
+                method: None if method in rivals else peak_of(run, batch, device)
                 for method, run in runs.items()
             }
         made = [row(method, scope, case, taken[method]) for method in runs]
