@@ -27,6 +27,8 @@ from tokenstep.result import Segmented
 from tokenstep.tokens import PackedTokens
 from tokenstep.transforms import to_float
 
+CPU_PIXELS = 3 * 2**19  # pixels that the policy looks at together on a CPU
+
 Pictures = Tensor | Sequence[Tensor]
 Lap = Callable[[str], None]  # told the name of each stage when it ends
 
@@ -39,7 +41,8 @@ class Sights:
     """What the policy sees of a batch; its CNN runs once, when it is first asked for.
 
     Pictures of one size go through the CNN together; a picture padded to another's size would be
-    seen differently at its border. The policy is never trained through here: no gradient.
+    seen differently at its border. On a CPU large ones go one by one: together, what the CNN makes
+    of them leaves the caches. The policy is never trained through here: no gradient.
     """
 
     def __init__(self, policy: Policy, normal: Sequence[Tensor]) -> None:
@@ -48,16 +51,21 @@ class Sights:
 
     @cached_property
     def groups(self) -> list[tuple[list[int], Sight]]:
-        """Places in the batch of all pictures of one size, and what was seen of them."""
+        """Places in the batch of pictures of one size, and what was seen of them."""
         shapes = [picture.shape for picture in self.normal]
         groups = []
         with torch.no_grad():
             for shape in dict.fromkeys(shapes):
-                members = [index for index, other in enumerate(shapes) if other == shape]
-                alike = [self.normal[index][None] for index in members]
-                # A copy of large pictures costs what a small convolution does.
-                sight = self.policy.look(alike[0] if len(alike) == 1 else torch.cat(alike))
-                groups.append((members, sight))
+                alike = [index for index, other in enumerate(shapes) if other == shape]
+                count = len(alike)
+                if self.normal[0].device.type == "cpu":
+                    count = max(1, CPU_PIXELS // (shape[1] * shape[2]))
+                for first in range(0, len(alike), count):
+                    members = alike[first : first + count]
+                    pictures = [self.normal[index][None] for index in members]
+                    # A copy of large pictures costs what a small convolution does.
+                    together = pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+                    groups.append((members, self.policy.look(together)))
         return groups
 
     def run(self) -> None:
