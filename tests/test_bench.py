@@ -164,7 +164,9 @@ def test_the_command_writes_what_it_prints(
     assert report["precision"] == precision
     assert report["machine"]["gemm_gmac_per_second"] > 0 and report["pictures"] == 3
     assert {(row["size"], row["batch"]) for row in report["rows"]} == {("64x48", 1)}
-    assert all(f"{row['speedup']:.2f}" in done.output for row in report["rows"])
+    for row in report["rows"]:
+        speed = row["throughput"]
+        assert (f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}") in done.output
 
 
 @pytest.mark.parametrize(
@@ -205,5 +207,5 @@ def test_large_figures_stay_whole_in_80_columns() -> None:
     console = Console(width=80, record=True, file=StringIO())
     console.print(benched([row]))
     printed = console.export_text()
-    for figure in ("318256", "327001", "0.003142", "10117", "1186", "12.03", "13.15", "0.91"):
+    for figure in ("318256", "327001", "0.00314", "10117", "1186", "12.03", "13.15", "0.91"):
         assert f" {figure} " in printed, printed

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import random_partition, scramble
 
+from tokenstep import network
 from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.model.exits import DeepSupervision
@@ -68,6 +69,24 @@ def test_bytes_and_floats_are_the_same_and_stay_as_they_are(model: StepNetwork) 
         ours, theirs = model([pixels]), model([floats])
     assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
     assert torch.equal(floats, given) and pixels.dtype == torch.uint8
+
+
+def test_pictures_that_the_policy_sees_in_turns_are_seen_alike(
+    model: StepNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [*torch.rand(5, 3, 24, 40), torch.rand(3, 33, 20)]
+    looks: list[int] = []
+    look = model.policy.look
+    monkeypatch.setattr(
+        model.policy, "look", lambda images: looks.append(len(images)) or look(images)
+    )
+    with torch.no_grad():
+        together = model(pictures, settings=STEP)
+        monkeypatch.setattr(network, "CPU_PIXELS", 2 * 24 * 40)
+        in_turns = model(pictures, settings=STEP)
+    assert looks == [5, 1, 2, 2, 1, 1]
+    assert torch.equal(together.level, in_turns.level)
+    assert torch.allclose(together.logits, in_turns.logits, atol=1e-4)
 
 
 def test_its_own_settings_are_the_default(

@@ -52,21 +52,27 @@ class Sights:
     @cached_property
     def groups(self) -> list[tuple[list[int], Sight]]:
         """Places in the batch of pictures of one size, and what was seen of them."""
-        shapes = [picture.shape for picture in self.normal]
         groups = []
         with torch.no_grad():
-            for shape in dict.fromkeys(shapes):
-                alike = [index for index, other in enumerate(shapes) if other == shape]
-                count = len(alike)
-                if self.normal[0].device.type == "cpu":
-                    count = max(1, CPU_PIXELS // (shape[1] * shape[2]))
-                for first in range(0, len(alike), count):
-                    members = alike[first : first + count]
-                    pictures = [self.normal[index][None] for index in members]
-                    # A copy of large pictures costs what a small convolution does.
-                    together = pictures[0] if len(pictures) == 1 else torch.cat(pictures)
-                    groups.append((members, self.policy.look(together)))
+            for members in self._together():
+                alike = [self.normal[index][None] for index in members]
+                # A copy of large pictures costs what a small convolution does.
+                sight = self.policy.look(alike[0] if len(alike) == 1 else torch.cat(alike))
+                groups.append((members, sight))
         return groups
+
+    def _together(self) -> list[list[int]]:
+        """Places of the pictures that go through the CNN at a time."""
+        alike: dict[torch.Size, list[int]] = {}
+        for index, picture in enumerate(self.normal):
+            alike.setdefault(picture.shape, []).append(index)
+        if self.normal[0].device.type != "cpu":
+            return list(alike.values())
+        turns = []
+        for (_, height, width), members in alike.items():
+            count = max(1, CPU_PIXELS // (height * width))
+            turns += [members[first : first + count] for first in range(0, len(members), count)]
+        return turns
 
     def run(self) -> None:
         """Run the CNN now."""

@@ -111,7 +111,7 @@ def _case(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             row["method"] + (" (slower than dense)" if slower else ""),
             _short(row["latency_ms"]["p50"]),
             _short(row["latency_ms"]["p95"]),
-            _short(row["throughput"]),
+            _short(row["throughput"], 3),
             "-" if row["gmac"] is None else _short(row["gmac"]),
             "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             f"{speed:.2f}",
@@ -121,9 +121,9 @@ def _case(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _short(value: float) -> str:
-    """Four digits, or all of a larger number's; never an exponent that people cannot compare."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
+def _short(value: float, digits: int = 4) -> str:
+    """So many digits, or all of a number from 1000: exponents are hard to compare."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def grown(rows: Sequence[dict[str, Any]]) -> Table:
