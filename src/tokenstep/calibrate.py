@@ -41,7 +41,7 @@ class Search:
     bars: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.98)
     spares: tuple[int, ...] = (5, 0, 20)
     sample: int = 20
-    confirm: int = 14
+    confirm: int = 36
 
 
 def calibrate(

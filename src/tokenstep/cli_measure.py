@@ -87,6 +87,9 @@ def calibrate_command(
     sample: Annotated[
         int, typer.Option(min=1, help="Pictures to search on; the best are measured on all.")
     ] = Search.sample,
+    confirm: Annotated[
+        int, typer.Option(min=1, help="How many settings to measure on all pictures.")
+    ] = Search.confirm,
     prices: Annotated[
         str, typer.Option(help="Impure patches that a superpatch may bring; a merging for each.")
     ] = ",".join(map(str, Search.prices)),
@@ -102,7 +105,9 @@ def calibrate_command(
     Killed, it goes on where it was when the same command is given again.
     """
     require_writable(out)
-    search = Search(numbers("--prices", prices), numbers("--bars", bars), sample=sample)
+    search = Search(
+        numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
+    )
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     with progress_bar() as progress:
