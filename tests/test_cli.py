@@ -429,14 +429,15 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     data = labelled_folder(tmp_path / "set", CLASSES, [(160, 240)])
     out = tmp_path / "calibrated"
     options = ["--data", data, "--split", "test"]
-    search = ["--prices", "0.4,9", "--bars", "0.4", "--sample", "1"]
+    search = ["--prices", "0.4,9", "--bars", "0.4", "--sample", "1", "--confirm", "3"]
     code, stdout, err = call(
         "calibrate", "--model", saved, "--half", "--out", out, *options, *search
     )
     assert (code, err) == (0, "") and "points lost" in stdout and str(out) in stdout
     report = json.loads((out / "calibration.json").read_text())
     tried = report["search"]
-    assert (tried["prices"], tried["bars"], tried["sample"]) == ([0.4, 9], [0.4], 1)
+    assert (tried["prices"], tried["bars"]) == ([0.4, 9], [0.4])
+    assert (tried["sample"], tried["confirm"]) == (1, 3)
     points = report["points"]
     assert points and report["images"] == 1 and report["exits"]["1"]["temperature"] > 0
     whole, small = (path / "model.safetensors" for path in (saved, out))

@@ -1,5 +1,6 @@
 """What is measured: one confusion matrix per data set, and how far boundaries hold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +40,38 @@ def iou_of(confusion: Tensor) -> Tensor:
 def interior(labels: Tensor, distance: int) -> Tensor:
     """Mask of the pixels all of whose neighbours within ``distance`` have their own label.
 
-    ``labels`` is ``(h, w)``; ignored pixels and what lies beyond the picture never differ.
+    ``labels`` is ``(h, w)`` uint8; ignored pixels and what lies beyond the picture never differ.
     """
-    nothing = (labels == IGNORE)[None]
-    high = labels[None].float().masked_fill(nothing, -torch.inf)
-    low = (-labels[None].float()).masked_fill(nothing, -torch.inf)
-    side = 2 * distance + 1
-    for kernel, padding in (((side, 1), (distance, 0)), ((1, side), (0, distance))):
-        high = F.max_pool2d(high, kernel, stride=1, padding=padding)
-        low = F.max_pool2d(low, kernel, stride=1, padding=padding)
-    return (high == -low)[0]
+    high = labels.masked_fill(labels == IGNORE, 0)
+    low = labels
+    for axis in (0, 1):
+        high = _over_window(torch.maximum, high, distance, axis, outside=0)
+        low = _over_window(torch.minimum, low, distance, axis, outside=IGNORE)
+    return high == low
+
+
+def _over_window(
+    extreme: Callable[[Tensor, Tensor], Tensor],
+    values: Tensor,
+    distance: int,
+    axis: int,
+    *,
+    outside: int,
+) -> Tensor:
+    """``extreme`` of each value of ``(h, w)`` and its ``distance`` neighbours either way.
+
+    Windows double until they are long enough, in bytes: on large pictures a hundred times as fast
+    as pooling them.
+    """
+    padding = (0, 0, distance, distance) if axis == 0 else (distance, distance)
+    values = F.pad(values, padding, value=outside)
+    length, whole = 1, 2 * distance + 1
+    while length < whole:
+        step = min(length, whole - length)
+        rest = values.shape[axis] - step
+        values = extreme(values.narrow(axis, 0, rest), values.narrow(axis, step, rest))
+        length += step
+    return values
 
 
 class Tally:
@@ -73,7 +96,7 @@ class Tally:
         valid = labels != IGNORE
         bands = []
         for which in (predicted, labels):
-            known = which.long().where(valid, IGNORE)
+            known = which.where(valid, IGNORE)
             bands.append(known.where(valid & ~interior(known, distance), self.classes))
         counts = [torch.bincount(band.flatten(), minlength=self.classes + 1) for band in bands]
         shared = torch.bincount(bands[0][bands[0] == bands[1]], minlength=self.classes + 1)

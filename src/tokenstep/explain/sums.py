@@ -99,7 +99,7 @@ class FolderSums:
         depth = np.searchsorted(self.depths, over_pixels(use.layer, self.patch, size))
         level = over_pixels(use.level, self.patch, size)
         # A pixel is in the interior at each distance that is less than its own.
-        inside = [interior(label.long(), edge).numpy() for edge in self.edges]
+        inside = [interior(label, edge).numpy() for edge in self.edges]
         band = np.sum(inside, axis=0, dtype=np.int64)
         for group, sums in (
             (depth, self.by_depth),
