@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,6 +175,21 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     rest = watch(lambda: train_policy(broken, progress=False), monkeypatch)
     assert len(rest) == 7 - 4, "the last checkpoint is that of step 4"
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_training_told_to_end_does_not_end_as_if_it_were_done(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    recipe = policy_recipe(drawn, tmp_path, 7, "adamw")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PhaseModule, "on_train_batch_start", told)
+        train_policy(recipe, progress=False)
+    assert not (tmp_path / "model.safetensors").exists()
+    train_policy(recipe, progress=False)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_a_killed_segmenter_goes_on_in_its_phase(

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -161,6 +162,8 @@ def _fit(
         warnings.filterwarnings("ignore", "Found .* in eval mode")
         try:
             trainer.fit(module, val_dataloaders=val, ckpt_path=last)
+        except SIGTERMException as stop:
+            raise KeyboardInterrupt from stop  # it is an exit with success, which this is not
         except TokenstepError as error:
             # A data worker's comes wrapped in its traceback, of which it is the last line.
             line = str(error).strip().splitlines()[-1]
