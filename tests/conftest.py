@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from training import draw, policy_recipe
 
 from tokenstep.config import ModelConfig, PolicyConfig, VitConfig
 from tokenstep.segmenter import StepSegmenter
@@ -54,3 +56,19 @@ def tiny_model(tiny_config: Callable[..., ModelConfig]) -> TinyModel:
         return StepSegmenter(tiny_config(**changes)).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled folder of drawn rectangles, to train on."""
+    return draw(tmp_path_factory.mktemp("drawn"), {"train": 24, "val": 6, "test": 6})
+
+
+@pytest.fixture(scope="session")
+def policy(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a policy that was trained there."""
+    from tokenstep.train import train_policy  # Lightning takes seconds, and few tests need it
+
+    out = tmp_path_factory.mktemp("policy")
+    train_policy(policy_recipe(drawn, out, 60), progress=False)
+    return out

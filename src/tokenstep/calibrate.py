@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.contents import contents
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure import Run, measure
@@ -114,6 +115,7 @@ class Diary:
     def __init__(self, path: Path, model: StepSegmenter) -> None:
         self.path = path
         self.model = model
+        self.held: dict[tuple[Path, ...], str] = {}
         digest = hashlib.sha256(json.dumps(model.config.temperatures).encode())
         for value in model.state_dict().values():
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -128,15 +130,21 @@ class Diary:
 
     def measure(self, settings: Settings, folder: LabelledFolder) -> dict[str, Any]:
         """The report of ``settings`` on ``folder``: read if it is there, else measured."""
-        names = ",".join(str(path) for path in folder.paths)
-        pictures = hashlib.sha256(names.encode()).hexdigest()[:16]
-        key = json.dumps([pictures, dataclasses.asdict(settings)])
+        key = json.dumps([self._data(folder), dataclasses.asdict(settings)])
         if key not in self.entries:
             (self.entries[key],) = measure(self.model, folder, [Run(settings)])
             text = json.dumps({"model": self.owner, "entries": self.entries}, indent=1)
             write_text(self.path, text + "\n")
         report: dict[str, Any] = self.entries[key]
         return report
+
+    def _data(self, folder: LabelledFolder) -> str:
+        """Tells labelled folders apart by what their files hold."""
+        paths = tuple(folder.paths)
+        if paths not in self.held:
+            found = contents(folder, self.path.with_suffix(".data.json"))
+            self.held[paths] = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+        return self.held[paths]
 
 
 def combinations(merges: Sequence[tuple[float, ...]], exits: int, search: Search) -> list[Settings]:

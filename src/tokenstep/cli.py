@@ -2,6 +2,7 @@
 
 import io
 import logging
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tokenstep import __version__, cli_bench, cli_demo, cli_explain, cli_measure, tables
-from tokenstep.errors import TokenstepError
+from tokenstep.errors import Terminated, TokenstepError
 from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import (
     Device,
@@ -52,11 +53,19 @@ def main() -> None:
     # A damaged picture gets its one line from us, or is read all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except TokenstepError as error:
         complain(str(error))
         sys.exit(2)
+    except Terminated as end:
+        complain(end.message)
+        raise
+
+
+def _end(*_: object) -> None:
+    raise Terminated("told to end")
 
 
 @app.callback(invoke_without_command=True)
@@ -147,7 +156,7 @@ def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     from tokenstep.train import train_policy
 
     read = read_recipe(PolicyRecipe, recipe, overrides or [])
-    report = train_policy(read, progress=sys.stderr.isatty())
+    report = train_policy(read)
     if is_main():
         print(as_json(report))
 
@@ -160,6 +169,6 @@ def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     from tokenstep.train import train_segmenter
 
     read = read_recipe(SegmenterRecipe, recipe, overrides or [])
-    train_segmenter(read, progress=sys.stderr.isatty())
+    train_segmenter(read)
     if is_main():
-        print(f"saved to {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")
+        print(f"the model is in {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")

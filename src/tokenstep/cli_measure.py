@@ -8,10 +8,12 @@ import typer
 
 from tokenstep import tables
 from tokenstep.calibrate import Search, calibrate
+from tokenstep.card import model_card, write_card
 from tokenstep.compare import compare, figure, markdown
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import evaluate
+from tokenstep.lock import held
 from tokenstep.measure import PARTITIONS, Run
 from tokenstep.options import (
     Data,
@@ -104,13 +106,12 @@ def calibrate_command(
 
     Killed, it goes on where it was when the same command is given again.
     """
-    require_writable(out)
     search = Search(
         numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
     )
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    with progress_bar() as progress:
+    with held(out), progress_bar() as progress:
         tasks = {name: progress.add_task(name, total=None) for name in ("search", "confirm")}
         found = calibrate(
             network,
@@ -121,9 +122,10 @@ def calibrate_command(
                 tasks[stage], completed=done, total=total
             ),
         )
-    (network.half() if half else network).save_pretrained(out)
-    report = {"model": model, "data": data.resolve().name, **found}
-    write_text(out / "calibration.json", as_json(report) + "\n")
+        (network.half() if half else network).save_pretrained(out)
+        write_card(out, model_card(network.config))
+        report = {"model": model, "data": data.resolve().name, **found}
+        write_text(out / "calibration.json", as_json(report) + "\n")
     console.print(tables.calibrated(report))
     print(f"saved to {out}; try: tokenstep evaluate --model {out} --data DIR --max-loss 0.5")
 

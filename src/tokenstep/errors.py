@@ -1,5 +1,13 @@
-"""The one error that a user is meant to read."""
+"""The faults and ends that a user is meant to read: each one line."""
 
 
 class TokenstepError(Exception):
     """A fault of the call or of a file: one line that names it and the remedy."""
+
+
+class Terminated(SystemExit):
+    """The process was told to end (SIGTERM): a line to print, and the code of a shell, 143."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(143)
+        self.message = message

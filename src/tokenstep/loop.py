@@ -1,194 +1,214 @@
-"""The training loop of one phase: pictures drawn by step, the optimiser, checkpoints that resume.
+"""The training loop of the phases of a run: checkpoints that resume, and how a run ends."""
 
-Everything random is drawn from the seed and the step, so that a run that was killed and started
-again goes on as if nothing had happened.
-"""
-
+import io
 import logging
+import os
+import signal
+import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
-from tokenstep.data import LabelledFolder
-from tokenstep.errors import TokenstepError
-from tokenstep.optimise import optimise
-from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, TrainerConfig
-from tokenstep.runs import find_checkpoint, load_weights, save_weights
-from tokenstep.transforms import TrainTransform
+from tokenstep.errors import Terminated, TokenstepError
+from tokenstep.phase import PhaseModule
+from tokenstep.pictures import write_whole
+from tokenstep.progress import Progress
+from tokenstep.recipes import TrainerConfig
+from tokenstep.runs import damaged, load_weights
+from tokenstep.weight_files import save_weights
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LAST = "last.ckpt"
 
 
-class Stream(Dataset[tuple[Tensor, Tensor]]):
-    """The pictures of a phase in the order of training, each drawn from the seed and its place.
+class Loop:
+    """Runs the phases of one training one after the other in the folder ``out``."""
 
-    Item ``k`` is the same picture under the same augmentation in every run, whatever came before.
-    """
+    def __init__(self, out: Path, settings: TrainerConfig, progress: Progress) -> None:
+        self.out = out
+        self.settings = settings
+        self.progress = progress
+        self.launchers: list[Any] = []  # Lightning's, of the processes that train with this one
 
-    def __init__(self, folder: LabelledFolder, *, seed: int, first: int, last: int) -> None:
-        self.folder = folder
-        self.seed = seed
-        self.first = first
-        self.last = last
+    def run(self, module: PhaseModule, network: nn.Module) -> None:
+        """Train ``network`` through the phase of ``module``, or load its end if there is one.
 
-    def __len__(self) -> int:
-        """Pictures from ``first`` to ``last``."""
-        return self.last - self.first
+        A run that was killed goes on from the phase's last checkpoint.
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Picture ``(3, *crop)`` float and label ``(*crop)`` int64."""
-        place = self.first + index
-        epoch, within = divmod(place, len(self.folder))
-        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        picture = int(torch.randperm(len(self.folder), generator=shuffle)[within])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + place)
-            return self.folder[picture]
-
-
-class PhaseModule(pl.LightningModule):
-    """What both trainings share: the stream of pictures, the optimiser, and resuming at a step.
-
-    ``find_unused`` says that a batch may leave parameters without a gradient, which training on
-    several devices has to know.
-    """
-
-    heads: tuple[str, ...] = ()  # what learns at the heads' rate, by the start of its name
-    find_unused = False
-
-    def __init__(self, recipe: PolicyRecipe | SegmenterRecipe, number: int) -> None:
-        super().__init__()
-        self.data = recipe.data
-        self.phase = recipe.phases[number]
-        # Each phase draws anew, else a later one would show the same pictures cut alike.
-        self.seed = recipe.trainer.seed + 7919 * number
-        self.done_steps = 0
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note where the killed run was, so that the stream goes on from there."""
-        self.done_steps = int(checkpoint["global_step"])
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The rest of the phase as one epoch."""
-        data, phase = self.data, self.phase
-        transform = TrainTransform(
-            phase.crop, scale=data.scale, flip=data.flip, colour=data.colour, rotate=data.rotate
-        )
-        folder = LabelledFolder(
-            data.root,
-            data.train_split,
-            names=data.train_names,
-            transform=transform,
-            cache=data.cache,
-        )
-        share = phase.batch * self.trainer.world_size
-        stream = Stream(
-            folder, seed=self.seed, first=self.done_steps * share, last=phase.steps * share
-        )
-        return DataLoader(
-            stream,
-            batch_size=phase.batch,
-            num_workers=data.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Stop at the first loss that is no number: nothing after it would be."""
-        if not bool(loss.isfinite()):
-            raise TokenstepError(
-                f"the loss is not finite at step {self.global_step}: lower lr, or train with "
-                "trainer.precision=fp32"
-            )
-
-    def configure_optimizers(self) -> Any:
-        """What Lightning wants: the optimiser, and its schedule step by step."""
-        optimizer, schedule = optimise(self.named_parameters(), self.phase, self.heads)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-def run_phase(
-    module: PhaseModule,
-    network: nn.Module,
-    folder: Path,
-    settings: TrainerConfig,
-    *,
-    val: DataLoader[tuple[Tensor, Tensor]] | None = None,
-    progress: bool = True,
-) -> None:
-    """Train ``network`` through one phase, or load its end if ``folder`` has it.
-
-    A run that was killed goes on from the newest checkpoint in ``folder``.
-
-    Raises:
-        TokenstepError: a file of the data or of the run is at fault, there is no such device, or
-            the loss is not finite.
-    """
-    end = folder / "end.safetensors"
-    if end.is_file():
-        load_weights(network, end)
-        return
-    trainer = make_trainer(module, folder, settings, looks=val is not None, progress=progress)
-    _fit(trainer, module, val, find_checkpoint(folder))
-    if trainer.global_step < module.phase.steps:
-        raise KeyboardInterrupt  # Lightning swallows it to shut down in order
-    if is_main():
-        save_weights(network, end)
-    trainer.strategy.barrier()
-
-
-def _fit(
-    trainer: pl.Trainer,
-    module: PhaseModule,
-    val: DataLoader[tuple[Tensor, Tensor]] | None,
-    last: Path | None,
-) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning on torch 2.15
-        # The stream starts at the step of the checkpoint, which Lightning cannot know.
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-        # save_every may have changed meanwhile, which makes it another callback to Lightning.
-        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
-        # The frozen policy is meant to be.
-        warnings.filterwarnings("ignore", "Found .* in eval mode")
+        Raises:
+            TokenstepError: a file of the data or of the run is at fault, the disk is full, there is
+                no such device, or the loss is not finite.
+            Terminated: the process was told to end.
+        """
+        folder = self.out / f"phase{module.number}"
+        end = folder / "end.safetensors"
+        if end.is_file():
+            load_weights(network, end)
+            return
+        watch = Watch(self.progress, module, self.settings.save_every)
+        trainer = make_trainer(module, folder, self.settings, watch)
+        self.launchers.append(trainer.strategy.launcher)
         try:
-            trainer.fit(module, val_dataloaders=val, ckpt_path=last)
-        except SIGTERMException as stop:
-            raise KeyboardInterrupt from stop  # it is an exit with success, which this is not
-        except TokenstepError as error:
-            # A data worker's comes wrapped in its traceback, of which it is the last line.
-            line = str(error).strip().splitlines()[-1]
-            raise TokenstepError(line.rpartition("TokenstepError: ")[2]) from error
+            self._fit(trainer, module, folder / LAST, watch)
+        except BaseException:
+            self._end_others()
+            raise
+        finally:
+            self.progress.end()
+        if trainer.global_step < module.phase.steps:
+            raise TokenstepError(f"{folder}: stopped at step {trainer.global_step}; start it again")
+        if is_main():
+            save_weights(network, end)
+        trainer.strategy.barrier()
+        if watch.told:  # in the last step
+            raise watch.ending(trainer)
+
+    def _fit(self, trainer: pl.Trainer, module: PhaseModule, last: Path, watch: "Watch") -> None:
+        with warnings.catch_warnings():
+            # Lightning's own use of torch 2.15.
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            # Lightning cannot know that the stream starts at the step of the checkpoint.
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+            # save_every may have changed meanwhile, which makes it another callback to Lightning.
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint")
+            # The frozen policy is meant to be.
+            warnings.filterwarnings("ignore", "Found .* in eval mode")
+            try:
+                trainer.fit(module, ckpt_path=last if last.is_file() else None)
+            except TokenstepError as error:
+                # A data worker's comes wrapped in its traceback, of which it is the last line.
+                line = str(error).strip().splitlines()[-1]
+                raise TokenstepError(line.rpartition("TokenstepError: ")[2]) from error
+            except OSError as error:
+                reason = f"{error.filename or last.parent}: {error.strerror or error}"
+                raise TokenstepError(f"{reason}; free some space and start it again") from error
+            except RuntimeError as error:
+                if watch.told:  # and so was another process, whose end shows first
+                    raise watch.ending(trainer) from error
+                if "DataLoader worker" in str(error):
+                    raise TokenstepError(
+                        "a data worker was killed, perhaps for want of memory: lower data.workers "
+                        "or set data.cache=false, and start it again"
+                    ) from error
+                if any(process.poll() is not None for process in self._others()):
+                    raise TokenstepError(
+                        "another process of this training ended, as it says itself: start it again"
+                    ) from error
+                raise
+
+    def _others(self) -> list[Any]:
+        """The processes that this one started to train with it."""
+        return [one for launcher in self.launchers for one in getattr(launcher, "procs", [])]
+
+    def _end_others(self) -> None:
+        """End the processes that train with this one; they would wait for it."""
+        for process in self._others():
+            process.send_signal(signal.SIGKILL)
+            # Reaped here, or Lightning takes the end for a fault and kills this process as well.
+            with suppress(ChildProcessError):
+                os.waitpid(process.pid, 0)
+
+
+class Watch(Callback):
+    """Tells of each step, and ends the training in order when the process is told to end."""
+
+    def __init__(self, progress: Progress, module: PhaseModule, save_every: int) -> None:
+        self.progress = progress
+        self.module = module
+        self.save_every = save_every
+        self.told = False
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Take SIGTERM over from Lightning, whose handler talks to other processes from within."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._tell)  # until Lightning puts the old one back
+        self.progress.begin(self.module.number, trainer.global_step, trainer.max_steps)
+
+    def _tell(self, *_: object) -> None:
+        self.told = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """End here if any process was told to: all must leave at the same step."""
+        if trainer.strategy.reduce_boolean_decision(self.told, all=False):
+            raise self.ending(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Tell of a step."""
+        self.progress.step(trainer.global_step, float(outputs["loss"]))
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """End here if told to; several processes go on together to the next step."""
+        if self.told and trainer.world_size == 1:
+            raise self.ending(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Tell of a look at val."""
+        self.progress.looked(float(trainer.callback_metrics["val_miou"]))
+
+    def ending(self, trainer: pl.Trainer) -> SystemExit:
+        """What ends the process; the main one says where the same command goes on."""
+        if not is_main():
+            return SystemExit(0)  # or Lightning kills the main one before it could
+        step, every = trainer.global_step, self.save_every
+        saved = step if step == trainer.max_steps else step // every * every
+        return Terminated(
+            f"{trainer.default_root_dir}: told to end at step {step} of phase "
+            f"{self.module.number + 1}; the same command goes on after step "
+            f"{max(saved, self.module.done_steps)}"
+        )
+
+
+class Checkpoints(TorchCheckpointIO):
+    """Checkpoints that are written whole or not at all, and read without unpickling code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write beside the last checkpoint, then take its place."""
+        held = io.BytesIO()
+        torch.save(checkpoint, held)
+        write_whole(Path(path), lambda temporary: temporary.write_bytes(held.getbuffer()))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU.
+
+        Raises:
+            TokenstepError: the file is damaged.
+        """
+        try:
+            read: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # on damaged files torch raises errors of nearly any type
+            raise damaged(Path(path)) from error
+        return read
 
 
 def make_trainer(
-    module: PhaseModule, folder: Path, settings: TrainerConfig, *, looks: bool, progress: bool
+    module: PhaseModule, folder: Path, settings: TrainerConfig, watch: Watch
 ) -> pl.Trainer:
-    """Lightning's trainer of one phase; ``looks`` if it validates on the way.
+    """Lightning's trainer of one phase.
 
     Raises:
         TokenstepError: there is no such device, or no such precision on it.
     """
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            folder,
-            every_n_train_steps=settings.save_every,
-            save_last=True,
-            save_top_k=0,
-            enable_version_counter=False,  # one last.ckpt, which is the newest
-        )
-    ]
-    if progress:
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    checkpoint = ModelCheckpoint(
+        folder,
+        every_n_train_steps=settings.save_every,
+        save_last=True,
+        save_top_k=0,
+        enable_version_counter=False,  # one last.ckpt, which is the newest
+    )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists
     ddp = "ddp_find_unused_parameters_true" if module.find_unused else "ddp"
     try:
@@ -198,15 +218,18 @@ def make_trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             strategy=ddp if settings.devices > 1 else "auto",
+            use_distributed_sampler=False,  # it would shuffle; the stream has its own order
             precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
-            callbacks=callbacks,
+            callbacks=[watch, checkpoint],
+            plugins=[Checkpoints()],
+            default_root_dir=folder.parent,
             logger=TensorBoardLogger(folder.parent, name="log", version=folder.name),
-            val_check_interval=settings.val_every if looks else None,
-            limit_val_batches=settings.val_pictures if looks else 0,
-            check_val_every_n_epoch=None if looks else 1,
+            val_check_interval=settings.val_every if module.looks else None,
+            limit_val_batches=None if module.looks else 0,
+            check_val_every_n_epoch=None if module.looks else 1,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
-            enable_progress_bar=progress,
+            enable_progress_bar=False,
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError) as error:

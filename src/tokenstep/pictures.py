@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ OUTPUTS = (".labels.png", ".overlay.jpg", ".tokens.jpg", ".figure.png")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LIMIT = threading.Lock()
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}(\..*)?")  # names that `_temporary` gives
 
 Finish = Callable[[Image.Image], Image.Image]
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
@@ -225,6 +227,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all; raises as `write_whole` does."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_whole` left in a folder when its process was killed in the middle."""
+    for path in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,14 +15,12 @@ from tokenstep.errors import TokenstepError
 
 T = TypeVar("T")
 
-# What may change between two runs of one recipe: where things lie and how the work is done.
-ASIDE = {
-    "data": ("root", "workers", "cache"),
-    "trainer": (
-        *("accelerator", "devices", "checkpointing"),
-        *("save_every", "val_every", "val_pictures"),
-    ),
-}
+# What may change between two runs of one recipe: where things lie and how the work is done. Not the
+# number of devices: it says which pictures a step takes.
+ASIDE = frozenset(
+    {"out", "data.root", "data.workers", "data.cache", "trainer.accelerator"}
+    | {f"trainer.{name}" for name in ("checkpointing", "save_every", "val_every", "val_pictures")}
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class DataConfig:
 class TrainerConfig:
     """The loop: precision, devices and how often to write and look.
 
-    ``val_every`` and ``save_every`` are steps; ``val_pictures`` limits the look while training.
+    ``val_every`` and ``save_every`` are steps; ``val_pictures`` limits the look while training, of
+    all devices together.
     ``checkpointing`` recomputes each block in the backward pass, for less memory.
     """
 
@@ -224,13 +223,31 @@ def resolved(recipe: PolicyRecipe | SegmenterRecipe, **digests: str) -> dict[str
     return copy
 
 
-def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two resolved recipes end in the same weights."""
-    return _essence(one) == _essence(other)
+def differences(before: dict[str, Any], recipe: PolicyRecipe | SegmenterRecipe) -> list[str]:
+    """Where ``recipe`` ends in other weights than a resolved one did, as "phases.0.steps 3 -> 4".
+
+    A key that an earlier version did not know stands at its default.
+
+    Raises:
+        TokenstepError: ``before`` is no recipe of this kind.
+    """
+    known = {key: value for key, value in before.items() if key != "digests"}
+    one = _flat(resolved(from_dict(type(recipe), known, "its recipe")))
+    other = _flat(resolved(recipe))
+    return [
+        f"{key} {one.get(key, 'absent')} -> {other.get(key, 'absent')}"
+        for key in dict.fromkeys([*one, *other])
+        if key not in ASIDE and one.get(key) != other.get(key)
+    ]
 
 
-def _essence(recipe: dict[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in recipe.items() if key != "out"}
-    for table, names in ASIDE.items():
-        rest[table] = {k: v for k, v in recipe.get(table, {}).items() if k not in names}
-    return rest
+def _flat(table: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested tables as one, the keys joined by dots; a list of tables counts from 0."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(index): entry for index, entry in enumerate(value)}
+        flat |= (
+            _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+        )
+    return flat

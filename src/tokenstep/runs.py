@@ -6,39 +6,78 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig, from_dict
+from tokenstep.contents import changes, mark, read_marks, write_marks
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.pictures import write_text, write_whole
-from tokenstep.recipes import same_run
+from tokenstep.pictures import sweep, write_text
+from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, differences, resolved
 from tokenstep.segmenter import WEIGHTS
 
 RECIPE = "recipe.json"
+DATA = "data.json"  # what the training files held
+_REMEDY = "choose another out, or remove it"
+_MOST = 4  # differences that an error names
 
 
-def claim(out: Path, recipe: dict[str, Any], *, write: bool = True) -> None:
-    """Write the resolved recipe into ``out``, before anything is trained there.
+def claim(
+    out: Path,
+    recipe: PolicyRecipe | SegmenterRecipe,
+    folder: LabelledFolder,
+    policy: str = "",
+    *,
+    write: bool = True,
+) -> bool:
+    """Make ``out`` the folder of this training, before anything is trained; whether it is complete.
+
+    The resolved recipe and what the files of ``folder`` hold are written there, and what a killed
+    process left half-written is removed. ``policy`` is the digest of the policy's weights.
 
     Raises:
-        TokenstepError: ``out`` holds weights of another recipe, or takes no files.
+        TokenstepError: ``out`` holds a run of another recipe or of other data, or takes no files.
     """
-    path = out / RECIPE
-    if os.path.isfile(path) and (any(out.glob("phase*/*")) or os.path.isfile(out / WEIGHTS)):
-        try:
-            same = same_run(json.loads(path.read_text()), recipe)
-        except (OSError, ValueError, AttributeError):
-            same = False
-        if not same:
-            raise TokenstepError(
-                f"{out}: holds a run of another recipe: choose another out, or remove it"
-            )
+    digests = {"pictures": digest_of_pictures(folder)} | ({"policy": policy} if policy else {})
+    known = read_marks(out / DATA)
+    marks = mark(folder, known)
+    if any(out.glob("phase*/*")) or os.path.isfile(out / WEIGHTS):
+        _require_same_run(out, recipe, digests)
+        if changed := known and changes(known, marks):
+            raise TokenstepError(f"{out}: was trained on other data ({changed}): {_REMEDY}")
     if write:
-        save_json(recipe, path)
+        for place in (out, *out.glob("phase*")):
+            sweep(place)
+        save_json(resolved(recipe, **digests), out / RECIPE)
+        write_marks(marks, out / DATA)
+    return os.path.isfile(out / WEIGHTS)
+
+
+def _require_same_run(
+    out: Path, recipe: PolicyRecipe | SegmenterRecipe, digests: dict[str, str]
+) -> None:
+    """Refuse a folder whose recipe, policy or names of pictures are not these."""
+    path = out / RECIPE
+    if not os.path.isfile(path):
+        return
+    try:
+        before = json.loads(path.read_text())
+        differ = differences(before, recipe)
+        was = {**digests, **before.get("digests", {})}
+    except (OSError, ValueError, AttributeError, TokenstepError) as error:
+        raise TokenstepError(
+            f"{out}: holds a run of another recipe ({path.name}: {error}): {_REMEDY}"
+        ) from error
+    if was.get("policy") != digests.get("policy"):
+        differ.append("the weights in policy_weights")
+    # Of runs of versions that recorded no more than names; see DATA for the others.
+    if was["pictures"] != digests["pictures"] and not os.path.isfile(out / DATA):
+        differ.append("the names of the pictures")
+    if differ:
+        some = ", ".join(differ[:_MOST]) + (", ..." if len(differ) > _MOST else "")
+        raise TokenstepError(f"{out}: holds a run of another recipe ({some}): {_REMEDY}")
 
 
 def digest_of_pictures(folder: LabelledFolder) -> str:
@@ -70,23 +109,6 @@ def load_policy(folder: Path) -> tuple[PolicyConfig, dict[str, Tensor], int]:
     return from_dict(PolicyConfig, config, str(folder / RECIPE)), state, patch
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a phase that was killed, if it has one.
-
-    Raises:
-        TokenstepError: the file is damaged. It is read here, so that no fault of the training
-            itself is taken for one of the file.
-    """
-    last = folder / "last.ckpt"
-    if not last.is_file():
-        return None
-    try:
-        torch.load(last, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged files torch raises errors of nearly any type
-        raise _damaged(last) from error
-    return last
-
-
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load what :func:`save_weights` wrote.
 
@@ -96,28 +118,27 @@ def load_weights(network: nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
 
 
-def _damaged(path: Path) -> TokenstepError:
+def damaged(path: Path) -> TokenstepError:
+    """The fault of a file of the run that cannot be read."""
     return TokenstepError(f"{path}: is damaged, or of another run: remove it to train that again")
-
-
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Write a network's state as safetensors, whole or not at all.
-
-    Raises:
-        TokenstepError: a value is not finite, or the folder does not take the file.
-    """
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
-    broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
-    if broken:
-        raise TokenstepError(f"{path}: not written, {broken[0]} is not finite: lower lr")
-    write_whole(path, lambda temporary: save_file(state, temporary))
 
 
 def save_json(data: object, path: Path) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_json` wrote.
+
+    Raises:
+        TokenstepError: the file is missing or damaged.
+    """
+    try:
+        held: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(path) from error
+    return held

@@ -11,19 +11,21 @@ from time import perf_counter
 from typing import Any, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor
 
 from tokenstep import cost
+from tokenstep.card import model_card
 from tokenstep.config import DENSE, ModelConfig, Settings, from_dict
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
 from tokenstep.model.superpatches import grid_of, token_counts
 from tokenstep.model.unmerge import layer_of_cells
 from tokenstep.network import StepNetwork
-from tokenstep.pictures import Picture, picture_tensor
+from tokenstep.pictures import Picture, picture_tensor, write_text
 from tokenstep.reducers.base import Reducer
 from tokenstep.result import Result, Segmented, TokenUse, first_cells
+from tokenstep.weight_files import save_weights
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -228,10 +230,14 @@ class StepSegmenter(
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the weights, and the settings as they are now; the mixin's copy is from birth."""
-        super()._save_pretrained(save_directory)
+        """Write the settings as they are now, then the weights, each whole or not at all."""
         text = json.dumps(dataclasses.asdict(self.config), indent=1)
-        (save_directory / CONFIG).write_text(text + "\n")
+        write_text(save_directory / CONFIG, text + "\n")
+        save_weights(self, save_directory / WEIGHTS)
+
+    def generate_model_card(self, *_: object, **__: object) -> ModelCard:
+        """The README that a folder gets if it has none."""
+        return ModelCard(model_card(self.config))
 
 
 class _Clock:

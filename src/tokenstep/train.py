@@ -1,146 +1,49 @@
 """Train a policy from label maps, then a segmenter with that policy frozen."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from tokenstep.config import ModelConfig, Settings
+from tokenstep.card import policy_card, run_card, write_card
+from tokenstep.config import ModelConfig
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.loop import PhaseModule, is_main, meet, run_phase
-from tokenstep.losses import (
-    class_weights,
-    homogeneity_loss,
-    homogeneity_targets,
-    naming_loss,
-    segmentation_loss,
-)
-from tokenstep.metrics import confusion_matrix, iou_of
-from tokenstep.model.exits import DeepSupervision
+from tokenstep.lock import held
+from tokenstep.loop import Loop, is_main, meet
+from tokenstep.losses import class_weights
+from tokenstep.measure import Run, measure
 from tokenstep.model.policy import Policy
-from tokenstep.model.superpatches import padded_labels
+from tokenstep.phase import PolicyModule, SegmenterModule
 from tokenstep.policy_report import policy_report
-from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, resolved
-from tokenstep.runs import (
-    claim,
-    digest_of_pictures,
-    digest_of_weights,
-    load_policy,
-    save_json,
-    save_weights,
-)
+from tokenstep.progress import Progress
+from tokenstep.recipes import PolicyRecipe, SegmenterRecipe
+from tokenstep.runs import claim, digest_of_weights, load_policy, read_json, save_json
 from tokenstep.segmenter import WEIGHTS, StepSegmenter
+from tokenstep.weight_files import save_weights
 
-
-class PolicyModule(PhaseModule):
-    """Trains a :class:`Policy` on whether superpatches share one class."""
-
-    def __init__(self, recipe: PolicyRecipe, number: int, policy: Policy, classes: int) -> None:
-        super().__init__(recipe, number)
-        self.recipe = recipe
-        self.policy = policy
-        # The heads of superpatches that do not fit into a crop learn nothing from it.
-        whole = max(recipe.policy.sizes) * recipe.patch
-        self.find_unused = min(self.phase.crop) <= whole - recipe.patch
-        self.classes = classes
-        self.namer = nn.Conv2d(policy.channels, classes, 1) if recipe.class_weight > 0 else None
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Loss of one batch."""
-        images, labels = batch
-        targets = homogeneity_targets(
-            labels,
-            patch=self.recipe.patch,
-            sizes=self.recipe.policy.sizes,
-            classes=self.classes,
-            tolerance=self.recipe.tolerance,
-        )
-        # The same normalisation as the segmenter's default.
-        sight = self.policy.look((images - 0.5) / 0.5)
-        loss = homogeneity_loss(self.policy.score(sight), targets)
-        self.log("loss", loss, prog_bar=True)
-        if self.namer is not None:
-            named = self.namer(self.policy.features(sight))
-            aside = naming_loss(named, padded_labels(labels, self.recipe.patch))
-            self.log("naming", aside, prog_bar=True)
-            loss = loss + self.recipe.class_weight * aside
-        return loss
-
-
-class SegmenterModule(PhaseModule):
-    """Trains a :class:`StepSegmenter` with its policy frozen, on merged tokens."""
-
-    heads = ("model.exits.", "model.decoder.", "model.tokenise.context.")
-
-    def __init__(
-        self, recipe: SegmenterRecipe, number: int, model: StepSegmenter, weight: Tensor
-    ) -> None:
-        super().__init__(recipe, number)
-        # A batch without superpatches leaves their projection out.
-        self.find_unused = recipe.vit.sub_patches
-        self.recipe = recipe
-        self.model = model
-        self.register_buffer("weight", weight, persistent=False)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Cross-entropy of the decoder and, as deep supervision, of every exit."""
-        images, labels = batch
-        labels = padded_labels(labels, self.model.patch)
-        settings = self.recipe.settings
-        # Drawn from the step and the device alone, so that a resumed run draws the same.
-        place = self.global_step * self.trainer.world_size + self.global_rank
-        torch.manual_seed(self.seed * 1_000_003 + place)
-        normal = self.model.normalise(images)
-        sights = self.model.look(normal)
-        level = self.model.partition(normal, settings, sights)
-        dense = torch.rand(len(images), device=level.device) < self.phase.dense_share
-        level = torch.where(dense.view(-1, 1, 1), level.clamp(max=0), level)
-        watch = DeepSupervision(self.model.exits)
-        used = settings if self.phase.pruning else Settings()
-        out = self.model.encode(normal, level, settings=used, sights=sights, reducers=[watch])
-        weight = cast(Tensor, self.weight)
-        live = out.logits[: len(out.tokens.x)]
-        loss = segmentation_loss(out.tokens, live, level, labels, weight)
-        self.log("loss", loss, prog_bar=True)
-        for tokens, logits in watch.seen:
-            aside = segmentation_loss(tokens, logits, level, labels, weight)
-            loss = loss + self.recipe.exit_weight / len(watch.seen) * aside
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Count the pixels of one picture, merged and (if in this phase) pruned."""
-        images, labels = batch
-        settings = self.recipe.settings
-        used = settings if self.phase.pruning else settings.without_exits()
-        predicted = self.model.label_maps(self.model(images, settings=used))[0]
-        self.confusion += confusion_matrix(predicted, labels[0], len(self.model.config.classes))
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the counts of the last look."""
-        classes = len(self.model.config.classes)
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log mIoU from the summed counts of all devices.
-
-        Where they cannot share the pictures evenly, Lightning has one counted twice.
-        """
-        confusion = cast(Tensor, self.all_gather(self.confusion))
-        confusion = confusion.view(-1, *self.confusion.shape).sum(0)
-        self.log("val_miou", iou_of(confusion).nanmean().float(), prog_bar=True)
+SCORES = "val.json"
+COMPLETE = "{}: already complete, nothing trained"
 
 
 def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, Any]:
     """Train a policy and write it to ``recipe.out``; returns its scores on val.
 
-    Where several processes train together, only the main one writes and has scores to return.
+    A run that was killed goes on where it was; one that is complete is only read. ``progress``
+    tells on stderr how it goes. Where several processes train together, only the main one writes
+    and has scores to return.
 
     Raises:
-        TokenstepError: the data or the recipe is at fault.
+        TokenstepError: the data or the recipe is at fault, or another process works in ``out``.
+        Terminated: the process was told to end.
     """
+    with alone(recipe):
+        return _train_policy(recipe, telling(recipe, progress))
+
+
+def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     val = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
     torch.manual_seed(recipe.trainer.seed)
     try:
@@ -148,16 +51,18 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
-    whose = resolved(recipe, pictures=digest_of_pictures(training_folder(recipe)))
-    claim(out, whose, write=is_main())
+    if claim(out, recipe, training_folder(recipe), write=is_main()):
+        progress.say(COMPLETE.format(out))
+        return read_json(out / SCORES)
+    loop = Loop(out, recipe.trainer, progress)
     for number in range(len(recipe.phases)):
-        module = PolicyModule(recipe, number, policy, len(val.classes.names))
-        run_phase(module, policy, out / f"phase{number}", recipe.trainer, progress=progress)
+        loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
     report: dict[str, Any] = {}
     if is_main():
-        save_weights(policy, out / WEIGHTS)
         report = policy_report(policy, val, tolerance=recipe.tolerance)
-        save_json(report, out / "val.json")
+        save_json(report, out / SCORES)
+        write_card(out, policy_card(recipe, val.classes, report))
+        save_weights(policy, out / WEIGHTS)  # last: where it is, the run is complete
     meet()
     return report
 
@@ -165,27 +70,64 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
 def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSegmenter:
     """Train a segmenter with the policy of ``recipe.policy_weights`` and write it to ``out``.
 
+    A run that was killed goes on where it was; one that is complete is only read. ``progress``
+    tells on stderr how it goes.
+
     Raises:
-        TokenstepError: the data, the policy's folder or the recipe is at fault.
+        TokenstepError: the data, the policy's folder or the recipe is at fault, or another process
+            works in ``out``.
+        Terminated: the process was told to end.
     """
+    with alone(recipe):
+        return _train_segmenter(recipe, telling(recipe, progress))
+
+
+def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegmenter:
     folder = training_folder(recipe)
     model = build_segmenter(recipe, folder)
-    policy = digest_of_weights(Path(recipe.policy_weights))
-    whose = resolved(recipe, pictures=digest_of_pictures(folder), policy=policy)
     out = Path(recipe.out)
-    claim(out, whose, write=is_main())
+    if claim(out, recipe, folder, digest_of_weights(Path(recipe.policy_weights)), write=is_main()):
+        progress.say(COMPLETE.format(out))
+        return StepSegmenter.from_pretrained(out)
     weight = torch.ones(len(folder.classes.names))
     if recipe.class_balance > 0:
         weight = class_weights(count_pixels(folder), recipe.class_balance)
-    look = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
-    val = DataLoader(look, batch_size=1)
+    loop = Loop(out, recipe.trainer, progress)
     for number in range(len(recipe.phases)):
-        module = SegmenterModule(recipe, number, model, weight)
-        run_phase(module, model, out / f"phase{number}", recipe.trainer, val=val, progress=progress)
+        loop.run(SegmenterModule(recipe, number, model, weight), model)
+    model.eval()
     if is_main():
+        scores = look_at_val(recipe, model)
+        save_json(scores, out / SCORES)
+        write_card(out, run_card(recipe, model.config, scores))
         model.save_pretrained(out)
     meet()
-    return model.eval()
+    return model
+
+
+def look_at_val(recipe: SegmenterRecipe, model: StepSegmenter) -> dict[str, Any]:
+    """What the trained model scores on as many pictures of val as it looked at while training.
+
+    Empty where it looked at none.
+    """
+    data = recipe.data
+    val = LabelledFolder(data.root, data.val_split, names=data.val_names)
+    if recipe.trainer.val_pictures == 0:
+        return {}
+    thin = val.thinned(recipe.trainer.val_pictures)
+    dense, reduced = measure(model, thin, [Run(), Run(recipe.settings)])
+    return {"split": val.title, "images": len(thin), "dense": dense, "reduced": reduced}
+
+
+def alone(recipe: PolicyRecipe | SegmenterRecipe) -> AbstractContextManager[None]:
+    """Lock the run's folder, in the main one of the processes that train together."""
+    return held(Path(recipe.out)) if is_main() else nullcontext()
+
+
+def telling(recipe: PolicyRecipe | SegmenterRecipe, progress: bool) -> Progress:
+    """The progress of a run, told by the main process if at all."""
+    quiet = not (progress and is_main())
+    return Progress(Path(recipe.out) / "log", phases=len(recipe.phases), quiet=quiet)
 
 
 def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegmenter:
