@@ -139,7 +139,7 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
         cache: bool = False,
     ) -> None:
         self.root = Path(root)
-        self.title = " ".join([split, *(names or ())])
+        self.title = " ".join([split, *(name for name in names or () if name != "*")])
         folder = _split_folder(self.root, split)
         self.classes = read_classes(self.root)
         self.paths = _pick(_pictures_of(folder / "images"), names, folder)

@@ -64,14 +64,15 @@ def class_faults(part: Part, classes: Classes, counts: Tensor) -> list[Fault]:
         return [Fault(file, "all-ignored", hard, text + _way_on(hard))]
     # With one class alone every pixel that counts is right, whatever a model does.
     if len(pixels) == 1:
-        text = f"{classes.names[0]!r} is the only class of {part.title}{_share(pixels, counts)};"
-        remedy = f"name the rest as a class too and label it 1, not {IGNORE}"
+        text = f"{classes.names[0]!r} is the only class of {part.title}{_share(pixels, counts)}"
+        two = f'["other", "{classes.names[0]}"]'
+        remedy = f"name two, as {two}, and label both: {IGNORE} is no class"
         return [Fault(file, "single-class", hard, f"{text} {remedy}{_way_on(hard)}")]
     severity = hard if sum(map(bool, pixels)) < part.least else "warning"
     faults = []
     for index, name in enumerate(classes.names):
         if not pixels[index]:
-            text = f"{name!r} has no pixel in {part.title}{_share(pixels, counts)};"
+            text = f"{name!r} has no pixel in {part.title}{_share(pixels, counts)}"
             remedy = f"label it as {index} or take it out of classes.json"
             if ignored:
                 remedy = f"if that is {name!r}, relabel {IGNORE} as {index}"
@@ -84,8 +85,8 @@ def _share(pixels: list[int], counts: Tensor) -> str:
     """How much of all pixels is ignored, and whether that looks like a mask of 0 and 255."""
     total, ignored = int(counts.sum()), int(counts[IGNORE])
     if not ignored:
-        return ""
-    mask = ": a 0/255 mask?" if pixels[0] + ignored == total else ""
+        return ";"
+    mask = ": a 0/255 mask?" if pixels[0] + ignored == total else ";"
     return f"; {IGNORE} fills {100 * ignored / total:.3g} % of it{mask}"
 
 
