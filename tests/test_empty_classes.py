@@ -1,6 +1,7 @@
 """What each command makes of labels that lack a class: masks of 0 and 255 above all."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,14 +42,113 @@ def masks(tmp_path: Path) -> Path:
 
 def allow(root: Path) -> None:
     """Let empty classes pass."""
-    content = json.loads((root / "classes.json").read_text())
-    (root / "classes.json").write_text(json.dumps({**content, "allow_empty_classes": True}))
+    write_classes(root, allow_empty_classes=True)
+
+
+def write_classes(root: Path, **options: bool) -> None:
+    (root / "classes.json").write_text(json.dumps({"names": CLASSES, **options}))
 
 
 @pytest.fixture
 def model(tiny_model: TinyModel, tmp_path: Path) -> Path:
     tiny_model().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def train_policy(masks: Path, out: Path) -> list[object]:
+    """The command that trains a policy for one step."""
+    recipe = out.with_suffix(".toml")
+    recipe.write_text(
+        f"""patch = 8
+out = '{out}'
+[data]
+root = '{masks}'
+workers = 0
+[trainer]
+accelerator = "cpu"
+[policy]
+trunk = "test_efficientnet"
+stages = [1, 2]
+sizes = [2]
+width = 8
+[[phases]]
+steps = 1
+batch = 1
+crop = [32, 32]
+"""
+    )
+    return ["train", "policy", recipe]
+
+
+def train_segmenter(masks: Path, policy: Path, out: Path) -> list[object]:
+    """The command that trains a segmenter for one step."""
+    recipe = out.with_suffix(".toml")
+    recipe.write_text(
+        f"""policy_weights = '{policy}'
+out = '{out}'
+class_balance = 0.5
+[settings]
+merge = [0.5]
+[data]
+root = '{masks}'
+workers = 0
+[trainer]
+accelerator = "cpu"
+[vit]
+name = "test_vit"
+patch = 8
+depth = 1
+image_size = [32, 32]
+[[phases]]
+steps = 1
+batch = 1
+crop = [32, 32]
+"""
+    )
+    return ["train", "segmenter", recipe]
+
+
+def test_training_refuses_masks_unless_told_to_go_on(
+    call: Call, masks: Path, tmp_path: Path
+) -> None:
+    policy, out = tmp_path / "policy", tmp_path / "segmenter"
+    commands = [train_policy(masks, policy), train_segmenter(masks, policy, out)]
+    refusals = [call(*commands[0])]
+    assert not policy.exists(), "nothing is begun"
+    allow(masks)
+    assert call(*commands[0])[0] == call(*commands[1])[0] == 0
+    shutil.rmtree(out)
+    write_classes(masks)
+    refusals.append(call(*commands[1]))
+    assert not out.exists()
+    for code, _, err in refusals:
+        assert code == 2 and len(err.splitlines()) == 1
+        assert SAID.replace("test", "train") in err and "relabel 255 as 1" in err
+        assert '"allow_empty_classes": true' in err and "3 more" in err
+
+
+def test_training_finds_a_bad_val_label_before_it_begins(call: Call, tmp_path: Path) -> None:
+    whole = np.arange(1280).reshape(32, 40) % 3
+    for split in ("train", "val"):
+        write_split(tmp_path / "set", split, [whole], CLASSES)
+    spoilt = tmp_path / "set" / "val" / "labels" / "p0.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:60])
+    code, _, err = call(*train_policy(tmp_path / "set", tmp_path / "policy"))
+    assert code == 2 and str(spoilt) in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "policy").exists()
+
+
+def test_calibrate_refuses_masks_unless_told_to_go_on(
+    call: Call, masks: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    few = ["--sample", 1, "--confirm", 1, "--prices", 0.4, "--bars", 0.9]
+    command = ["calibrate", "--data", masks, "--model", model, "--out", out, *few]
+    code, _, err = call(*command)
+    assert code == 2 and len(err.splitlines()) == 1 and not list(out.iterdir())
+    assert SAID.replace("test", "val") in err and '"allow_empty_classes": true' in err
+    allow(masks)
+    assert call(*command)[0] == 0 and (out / "calibration.json").is_file()
 
 
 def test_evaluate_warns_in_the_table_and_in_json(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.data import LabelledFolder
+from tokenstep.data_check import require_sound
 from tokenstep.errors import TokenstepError
 from tokenstep.measure import Run, measure
 from tokenstep.model.superpatches import padded_labels, purity
@@ -63,6 +64,7 @@ def calibrate(
             ``notes`` is no file of this program.
     """
     search = search or Search()
+    require_sound([folder])
     model.config = dataclasses.replace(model.config, points=(), temperatures=())
     thin = folder.thinned(search.sample)
     merges = merge_thresholds(model, thin, search.prices) if model.config.policy.sizes else []

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from tokenstep.config import ModelConfig, Settings
 from tokenstep.data import LabelledFolder
+from tokenstep.data_check import require_sound
 from tokenstep.errors import TokenstepError
 from tokenstep.loop import PhaseModule, is_main, meet, run_phase
 from tokenstep.losses import (
@@ -142,6 +143,7 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
         TokenstepError: the data or the recipe is at fault.
     """
     val = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
+    require_sound([val], training_folder(recipe))
     torch.manual_seed(recipe.trainer.seed)
     try:
         policy = Policy(recipe.policy, recipe.patch)
@@ -169,6 +171,8 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
         TokenstepError: the data, the policy's folder or the recipe is at fault.
     """
     folder = training_folder(recipe)
+    look = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
+    require_sound([look], folder)
     model = build_segmenter(recipe, folder)
     policy = digest_of_weights(Path(recipe.policy_weights))
     whose = resolved(recipe, pictures=digest_of_pictures(folder), policy=policy)
@@ -177,7 +181,6 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
     weight = torch.ones(len(folder.classes.names))
     if recipe.class_balance > 0:
         weight = class_weights(count_pixels(folder), recipe.class_balance)
-    look = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
     val = DataLoader(look, batch_size=1)
     for number in range(len(recipe.phases)):
         module = SegmenterModule(recipe, number, model, weight)
