@@ -52,3 +52,16 @@ def labelled_folder(root: Path, classes: Sequence[str], sizes: Sequence[tuple[in
         Image.fromarray(pattern(h, w)).save(root / "test" / "images" / f"p{number}.png")
     (root / "classes.json").write_text(json.dumps({"names": list(classes)}))
     return root
+
+
+def write_split(root: Path, split: str, labels: Sequence[object], names: Sequence[str]) -> Path:
+    """A split of `labels` (h, w), each with a picture of its own, and the classes `names`."""
+    for folder in ("images", "labels"):
+        (root / split / folder).mkdir(parents=True)
+    for number, values in enumerate(labels):
+        label = np.asarray(values, np.uint8)
+        picture = np.roll(pattern(*label.shape), zlib.crc32(f"{split}{number}".encode()) % 251)
+        Image.fromarray(label).save(root / split / "labels" / f"p{number}.png")
+        Image.fromarray(picture).save(root / split / "images" / f"p{number}.png")
+    (root / "classes.json").write_text(json.dumps({"names": list(names)}))
+    return root

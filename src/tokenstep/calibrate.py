@@ -7,7 +7,7 @@ combinations of merge and exit thresholds on a sample, and the best of them on t
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tokenstep.config import DENSE, OperatingPoint, Settings
-from tokenstep.contents import contents
+from tokenstep.contents import FILES, contents, of_folder
 from tokenstep.data import LabelledFolder
+from tokenstep.data_check import SOUND, require_sound
 from tokenstep.errors import TokenstepError
 from tokenstep.measure import Run, measure
 from tokenstep.model.superpatches import padded_labels, purity
@@ -64,6 +65,8 @@ def calibrate(
             ``notes`` is no file of this program.
     """
     search = search or Search()
+    held = contents([folder], notes.parent / FILES)
+    require_sound([folder], contents=held, cache=notes.parent / SOUND)
     model.config = dataclasses.replace(model.config, points=(), temperatures=())
     thin = folder.thinned(search.sample)
     merges = merge_thresholds(model, thin, search.prices) if model.config.policy.sizes else []
@@ -71,7 +74,7 @@ def calibrate(
     model.config = dataclasses.replace(
         model.config, temperatures=tuple(one["temperature"] for one in found.values())
     )
-    diary = Diary(notes, model)
+    diary = Diary(notes, model, held)
 
     tried = combinations(merges, len(model.exits.after), search)
     rough = []
@@ -110,12 +113,15 @@ def calibrate(
 
 
 class Diary:
-    """Measurements of one model, kept in a JSON file as they are made."""
+    """Measurements of one model, kept in a JSON file as they are made.
 
-    def __init__(self, path: Path, model: StepSegmenter) -> None:
+    ``held`` is what the files of the pictures hold: a corrected label is measured anew.
+    """
+
+    def __init__(self, path: Path, model: StepSegmenter, held: Mapping[str, str]) -> None:
         self.path = path
         self.model = model
-        self.held: dict[tuple[Path, ...], str] = {}
+        self.held = held
         digest = hashlib.sha256(json.dumps(model.config.temperatures).encode())
         for value in model.state_dict().values():
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -130,21 +136,15 @@ class Diary:
 
     def measure(self, settings: Settings, folder: LabelledFolder) -> dict[str, Any]:
         """The report of ``settings`` on ``folder``: read if it is there, else measured."""
-        key = json.dumps([self._data(folder), dataclasses.asdict(settings)])
+        text = json.dumps(of_folder(folder, self.held))
+        data = hashlib.sha256(text.encode()).hexdigest()[:16]
+        key = json.dumps([data, dataclasses.asdict(settings)])
         if key not in self.entries:
             (self.entries[key],) = measure(self.model, folder, [Run(settings)])
             text = json.dumps({"model": self.owner, "entries": self.entries}, indent=1)
             write_text(self.path, text + "\n")
         report: dict[str, Any] = self.entries[key]
         return report
-
-    def _data(self, folder: LabelledFolder) -> str:
-        """Tells labelled folders apart by what their files hold."""
-        paths = tuple(folder.paths)
-        if paths not in self.held:
-            found = contents(folder, self.path.with_suffix(".data.json"))
-            self.held[paths] = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-        return self.held[paths]
 
 
 def combinations(merges: Sequence[tuple[float, ...]], exits: int, search: Search) -> list[Settings]:

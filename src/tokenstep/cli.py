@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenstep import __version__, cli_bench, cli_demo, cli_explain, cli_measure, tables
+from tokenstep import __version__, cli_bench, cli_data, cli_demo, cli_explain, cli_measure, tables
 from tokenstep.errors import Terminated, TokenstepError
 from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import (
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a policy, then a segmenter with it.")
 app.add_typer(train_app, name="train")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_measure.app)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_demo.app)

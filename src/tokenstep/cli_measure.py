@@ -13,8 +13,9 @@ from tokenstep.compare import compare, figure, markdown
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.evaluate import evaluate
+from tokenstep.faults import empty_classes
 from tokenstep.lock import held
-from tokenstep.measure import PARTITIONS, Run
+from tokenstep.measure import PARTITIONS, Run, require_same_classes
 from tokenstep.options import (
     Data,
     Device,
@@ -77,6 +78,7 @@ def evaluate_command(
     if json_file is not None:
         write_text(json_file, as_json(report) + "\n")
     console.print(tables.evaluated(report))
+    print(tables.warned(report["warnings"]), end="")
 
 
 @app.command("calibrate")
@@ -152,6 +154,8 @@ def compare_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    require_same_classes(network, folder)
+    warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]
     with progress_bar() as progress:
         task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
@@ -159,8 +163,9 @@ def compare_command(
             network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
         )
     of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
-    write_text(out / "compare.json", as_json({**of, "rows": rows}) + "\n")
-    write_text(out / "compare.md", markdown(rows))
+    write_text(out / "compare.json", as_json({**of, "warnings": warnings, "rows": rows}) + "\n")
+    text = markdown(rows) + tables.warned(warnings)
+    write_text(out / "compare.md", text)
     title = f"{model} on {of['data']} {split}, {len(folder)} pictures"
     write_whole(out / "compare.png", lambda path: figure(rows, path, title))
-    print(markdown(rows), end="")
+    print(text, end="")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenstep.data import LabelledFolder
@@ -9,44 +10,44 @@ from tokenstep.errors import TokenstepError
 from tokenstep.pictures import write_text
 
 CLASSES = "classes.json"
+FILES = "files.json"  # the usual name of a cache, in the folder that the results go to
 
 Mark = tuple[int, int, str]  # size in bytes, time of change in ns, sha256
-Marks = dict[str, Mark]  # by the path below the root
 
 
-def contents(folder: LabelledFolder, cache: Path) -> dict[str, str]:
-    """The sha256 of each picture and label, by its path below the root, and of the classes.
+def contents(
+    folders: Sequence[LabelledFolder], cache: Path, *, write: bool = True
+) -> dict[str, str]:
+    """The sha256 of each picture and label of folders of one root, by the path below the root.
 
-    A file is read only where ``cache`` does not know it with this size and time of change; what is
-    found is written there.
+    The classes count too. A file is read only where ``cache`` does not know it with this size and
+    time of change; what is found is added there.
 
     Raises:
         TokenstepError: a file cannot be read, or ``cache`` is damaged or takes no files.
     """
-    marks = mark(folder, read_marks(cache))
-    write_marks(marks, cache)
-    return {name: digest for name, (_, _, digest) in marks.items()}
+    known = _read(cache)
+    marks = {
+        name: _mark(path, known.get(name))
+        for folder in folders
+        for name, path in _files(folder).items()
+    }
+    if write and not marks.items() <= known.items():
+        write_text(cache, json.dumps({**known, **marks}, indent=0) + "\n")
+    found = {name: digest for name, (_, _, digest) in marks.items()}
+    classes = folders[0].classes
+    said = json.dumps([classes.names, classes.palette])  # what they are, not how the file says it
+    return {**found, CLASSES: hashlib.sha256(said.encode()).hexdigest()}
 
 
-def mark(folder: LabelledFolder, known: Marks) -> Marks:
-    """Marks of a folder's files and classes; those ``known`` by size and time are not read again.
-
-    Raises:
-        TokenstepError: a file cannot be read.
-    """
-    marks: Marks = {}
-    for path in [*folder.paths, *folder.labels]:
-        name = path.relative_to(folder.root).as_posix()
-        marks[name] = _mark(path, known.get(name))
-    # What the classes are, not how the file says it.
-    classes = json.dumps([folder.classes.names, folder.classes.palette]).encode()
-    marks[CLASSES] = (len(classes), 0, hashlib.sha256(classes).hexdigest())
-    return marks
+def of_folder(folder: LabelledFolder, found: Mapping[str, str]) -> dict[str, str]:
+    """What :func:`contents` found of one folder's files and the classes."""
+    return {name: found[name] for name in (*_files(folder), CLASSES)}
 
 
-def changes(before: Marks, after: Marks) -> str:
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """What differs, as "train/labels/003.png and 4 more changed"; empty where nothing does."""
-    changed = [name for name in before if name in after and before[name][2] != after[name][2]]
+    changed = [name for name in before if name in after and before[name] != after[name]]
     gone = [name for name in before if name not in after]
     new = [name for name in after if name not in before]
     return ", ".join(
@@ -56,28 +57,22 @@ def changes(before: Marks, after: Marks) -> str:
     )
 
 
-def read_marks(path: Path) -> Marks:
-    """What :func:`write_marks` wrote; nothing where there is no such file.
+def _files(folder: LabelledFolder) -> dict[str, Path]:
+    paths = [*folder.paths, *folder.labels]
+    return {path.relative_to(folder.root).as_posix(): path for path in paths}
 
-    Raises:
-        TokenstepError: the file is damaged.
-    """
-    if not path.is_file():
+
+def _read(cache: Path) -> dict[str, Mark]:
+    if not cache.is_file():
         return {}
     try:
         return {
             name: (int(size), int(time), str(digest))
-            for name, (size, time, digest) in json.loads(path.read_text()).items()
+            for name, (size, time, digest) in json.loads(cache.read_text()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise TokenstepError(
-            f"{path}: is damaged; remove it to have the files read anew"
-        ) from error
-
-
-def write_marks(marks: Marks, path: Path) -> None:
-    """Write marks as JSON, whole or not at all."""
-    write_text(path, json.dumps(marks, indent=0) + "\n")
+        remedy = "remove it to have the files read anew"
+        raise TokenstepError(f"{cache}: is damaged; {remedy}") from error
 
 
 def _mark(path: Path, known: Mark | None) -> Mark:

@@ -1,7 +1,7 @@
 """Label maps, classes and labelled folders.
 
 A labelled folder is ``root/{train,val,test}/{images/NAME.jpg,labels/NAME.png}`` with
-``root/classes.json``; a label is one 8-bit channel of class indices, 255 where there is none.
+``root/classes.json``; a label is one channel of class indices in a PNG, 255 where there is none.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from tokenstep.checks import require_classes
 from tokenstep.errors import TokenstepError
-from tokenstep.pictures import MAX_PIXELS, decode, is_picture, read_picture, to_tensor
+from tokenstep.labels import IGNORE as IGNORE
+from tokenstep.labels import instead, outside, read_indices
+from tokenstep.pictures import is_picture, read_picture, to_tensor
 
-IGNORE = 255  # the label of a pixel that has no class
 # Okabe and Ito's colours: told apart with any common colour blindness.
 _FIRST_COLOURS = (
     *((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)),
@@ -33,14 +34,27 @@ _FIRST_COLOURS = (
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a data set: 1 to 255 distinct names, each with an RGB colour (0 to 255)."""
+    """The classes of a data set: 1 to 255 distinct names, each with an RGB colour (0 to 255).
+
+    `allow_empty_classes` lets classes without a pixel pass; `label_suffix` is what follows a
+    picture's stem in the name of its label, and ends in ``.png`` in any case.
+    """
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
+    allow_empty_classes: bool = False
+    label_suffix: str = ".png"
 
     def __post_init__(self) -> None:
-        """Raise `TokenstepError` where names and colours do not make a set of classes."""
+        """Raise `TokenstepError` where this does not make a set of classes."""
         require_classes(self.names, self.palette)
+        allow, suffix = self.allow_empty_classes, self.label_suffix
+        if type(allow) is not bool:
+            raise TokenstepError(f"allow_empty_classes is {allow!r}; write true or false")
+        if not isinstance(suffix, str) or not suffix.lower().endswith(".png"):
+            raise TokenstepError(f'label_suffix is {suffix!r}; labels are PNGs, as "_mask.png"')
+        if "/" in suffix or "\\" in suffix:
+            raise TokenstepError(f"label_suffix is {suffix!r}; give the end of a name, no folder")
 
 
 def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
@@ -75,8 +89,10 @@ def read_classes(root: Path) -> Classes:
     palette = content.get("palette", default_palette(len(names)))
     if not isinstance(palette, list | tuple) or not all(map(_is_colour, palette)):
         raise TokenstepError(f"{path}: palette is no list of [red, green, blue]; correct it")
+    allow = content.get("allow_empty_classes", False)
+    suffix = content.get("label_suffix", ".png")
     try:
-        return Classes(tuple(names), tuple(tuple(colour) for colour in palette))
+        return Classes(tuple(names), tuple(tuple(colour) for colour in palette), allow, suffix)
     except TokenstepError as fault:
         raise TokenstepError(f"{path}: {fault}") from fault
 
@@ -91,18 +107,12 @@ def read_label(path: str | Path, num_classes: int) -> Tensor:
     """Read a label map as an (h, w) uint8 tensor of class indices, `IGNORE` where there is none.
 
     Of a palette picture the indices count, not the colours. Raises `TokenstepError` if the file
-    cannot be read, is not one 8-bit channel, or holds values outside the classes.
+    cannot be read, is no PNG of one channel of 8 bits or less, or holds values outside the classes.
     """
-    image = decode(Path(path), MAX_PIXELS, lambda image: image.copy())
-    if image.mode not in ("L", "P"):
-        remedy = "save class indices as one 8-bit channel or a palette PNG"
-        raise TokenstepError(f"{path}: label has pixels of kind {image.mode}; {remedy}")
-    label = np.array(image)
-    outside = np.unique(label[(label >= num_classes) & (label != IGNORE)])
-    if outside.size:
-        values = ", ".join(map(str, outside[:8])) + (", ..." if outside.size > 8 else "")
-        rule = f"use 0 to {num_classes - 1}, or {IGNORE} for no class"
-        raise TokenstepError(f"{path}: label holds {values}, outside the classes; {rule}")
+    label = read_indices(Path(path))
+    fault = outside(np.unique(label).tolist(), num_classes)
+    if fault is not None:
+        raise TokenstepError(f"{path}: {fault}")
     return torch.from_numpy(label)
 
 
@@ -129,15 +139,14 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
         cache: bool = False,
     ) -> None:
         self.root = Path(root)
-        self.title = " ".join([split, *(names or ())])
+        self.title = " ".join([split, *(name for name in names or () if name != "*")])
         folder = _split_folder(self.root, split)
         self.classes = read_classes(self.root)
         self.paths = _pick(_pictures_of(folder / "images"), names, folder)
-        self.labels = [folder / "labels" / f"{path.stem}.png" for path in self.paths]
+        self.labels = [label_of(path, self.classes) for path in self.paths]
         missing = [path for path in self.labels if not path.is_file()]
         if missing:
-            count = f"{len(missing)} of {len(self.paths)} pictures have no label"
-            raise TokenstepError(f"{missing[0]}: missing ({count}); add it or remove the picture")
+            raise TokenstepError(missing_labels(missing, len(self.labels), self.classes))
         self.transform = transform
         self._cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
@@ -174,6 +183,19 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
             sizes = f"{w} x {h} but its label {self.labels[index]} is {label_w} x {label_h}"
             raise TokenstepError(f"{self.paths[index]}: is {sizes}; give both one size")
         return image, label
+
+
+def label_of(picture: Path, classes: Classes) -> Path:
+    """Where the label of a picture ``SPLIT/images/NAME.jpg`` lies."""
+    return picture.parent.parent / "labels" / f"{picture.stem}{classes.label_suffix}"
+
+
+def missing_labels(missing: Sequence[Path], pictures: int, classes: Classes) -> str:
+    """What to say of labels of a split that are not there, of so many pictures."""
+    suffix, everything = classes.label_suffix, len(missing) == pictures
+    stems = [path.name.removesuffix(suffix) for path in missing]
+    there = instead(stems, missing[0].parent, suffix, all_missing=everything)
+    return f"{missing[0]}: missing ({len(missing)} of {pictures} pictures have no label); {there}"
 
 
 def _split_folder(root: Path, split: str) -> Path:

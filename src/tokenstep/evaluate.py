@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tokenstep.data import LabelledFolder
-from tokenstep.measure import Run, measure
+from tokenstep.faults import empty_classes
+from tokenstep.measure import Run, measure, require_same_classes
 from tokenstep.segmenter import StepSegmenter
 
 
@@ -19,17 +20,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run the whole folder, dense and as ``run`` says picture by picture, and report both.
 
-    ``dense`` False leaves the dense half out.
+    ``dense`` False leaves the dense half out. ``warnings`` are lines on classes without a pixel.
 
     Raises:
         TokenstepError: the folder's classes are not the model's, a file cannot be read, or no
             pixel has a label.
     """
+    require_same_classes(model, folder)
+    warnings = empty_classes(folder)
     runs = {"dense": Run(), "reduced": run} if dense else {"reduced": run}
     halves = measure(model, folder, list(runs.values()), on_picture=on_picture)
     how = asdict(run)
     return {
         "images": len(folder),
         "settings": how.pop("settings") | how,
+        "warnings": warnings,
         **dict(zip(runs, halves, strict=True)),
     }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig, from_dict
-from tokenstep.contents import changes, mark, read_marks, write_marks
+from tokenstep.contents import changes, of_folder
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.pictures import sweep, write_text
@@ -28,30 +29,31 @@ def claim(
     out: Path,
     recipe: PolicyRecipe | SegmenterRecipe,
     folder: LabelledFolder,
-    policy: str = "",
+    found: Mapping[str, str],
     *,
+    policy: str = "",
     write: bool = True,
 ) -> bool:
     """Make ``out`` the folder of this training, before anything is trained; whether it is complete.
 
-    The resolved recipe and what the files of ``folder`` hold are written there, and what a killed
-    process left half-written is removed. ``policy`` is the digest of the policy's weights.
+    The resolved recipe and what the files of ``folder`` hold, as ``contents`` ``found``, are
+    written there, and what a killed process left half-written is removed. ``policy`` is the digest
+    of the policy's weights.
 
     Raises:
         TokenstepError: ``out`` holds a run of another recipe or of other data, or takes no files.
     """
     digests = {"pictures": digest_of_pictures(folder)} | ({"policy": policy} if policy else {})
-    known = read_marks(out / DATA)
-    marks = mark(folder, known)
+    held = of_folder(folder, found)
     if any(out.glob("phase*/*")) or os.path.isfile(out / WEIGHTS):
         _require_same_run(out, recipe, digests)
-        if changed := known and changes(known, marks):
+        if os.path.isfile(out / DATA) and (changed := changes(read_json(out / DATA), held)):
             raise TokenstepError(f"{out}: was trained on other data ({changed}): {_REMEDY}")
     if write:
         for place in (out, *out.glob("phase*")):
             sweep(place)
         save_json(resolved(recipe, **digests), out / RECIPE)
-        write_marks(marks, out / DATA)
+        save_json(held, out / DATA)
     return os.path.isfile(out / WEIGHTS)
 
 

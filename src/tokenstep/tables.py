@@ -62,6 +62,21 @@ def evaluated(report: dict[str, Any]) -> Table:
     return table
 
 
+def checked(report: dict[str, Any]) -> Table:
+    """Each class's share of the pixels that have a class, per split."""
+    table = Table("class", *report["pixels"])
+    columns = list(report["pixels"].values())
+    for name in columns[0] if columns else ():
+        shares = (column[name] / max(sum(column.values()), 1) for column in columns)
+        table.add_row(name, *(f"{share:.2%}" for share in shares))
+    return table
+
+
+def warned(warnings: Sequence[str]) -> str:
+    """Warnings as they stand below a table, in Markdown too; no text if there is none."""
+    return "".join(f"\nwarning: {warning}\n" for warning in warnings)
+
+
 def calibrated(report: dict[str, Any]) -> Table:
     """The operating points of a calibration, cheap to dear, and the dense model below them."""
     table = Table("points lost", "mIoU", "GMAC", "tokens", "halted", "merge", "exits", "spare")

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tokenstep.card import policy_card, run_card, write_card
 from tokenstep.config import ModelConfig
+from tokenstep.contents import FILES, contents
 from tokenstep.data import LabelledFolder
+from tokenstep.data_check import SOUND, require_sound
 from tokenstep.errors import TokenstepError
 from tokenstep.lock import held
 from tokenstep.loop import Loop, is_main, meet
@@ -44,14 +46,15 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
 
 
 def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
-    val = LabelledFolder(recipe.data.root, recipe.data.val_split, names=recipe.data.val_names)
+    folder, val = folders(recipe)
+    found = checked(recipe, folder, val)
     torch.manual_seed(recipe.trainer.seed)
     try:
         policy = Policy(recipe.policy, recipe.patch)
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
-    if claim(out, recipe, training_folder(recipe), write=is_main()):
+    if claim(out, recipe, folder, found, write=is_main()):
         progress.say(COMPLETE.format(out))
         return read_json(out / SCORES)
     loop = Loop(out, recipe.trainer, progress)
@@ -83,10 +86,12 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
 
 
 def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegmenter:
-    folder = training_folder(recipe)
+    folder, val = folders(recipe)
+    found = checked(recipe, folder, val)
     model = build_segmenter(recipe, folder)
     out = Path(recipe.out)
-    if claim(out, recipe, folder, digest_of_weights(Path(recipe.policy_weights)), write=is_main()):
+    policy = digest_of_weights(Path(recipe.policy_weights))
+    if claim(out, recipe, folder, found, policy=policy, write=is_main()):
         progress.say(COMPLETE.format(out))
         return StepSegmenter.from_pretrained(out)
     weight = torch.ones(len(folder.classes.names))
@@ -97,7 +102,7 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
         loop.run(SegmenterModule(recipe, number, model, weight), model)
     model.eval()
     if is_main():
-        scores = look_at_val(recipe, model)
+        scores = look_at(val, recipe, model)
         save_json(scores, out / SCORES)
         write_card(out, run_card(recipe, model.config, scores))
         model.save_pretrained(out)
@@ -105,18 +110,40 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
     return model
 
 
-def look_at_val(recipe: SegmenterRecipe, model: StepSegmenter) -> dict[str, Any]:
+def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: StepSegmenter) -> dict[str, Any]:
     """What the trained model scores on as many pictures of val as it looked at while training.
 
     Empty where it looked at none.
     """
-    data = recipe.data
-    val = LabelledFolder(data.root, data.val_split, names=data.val_names)
     if recipe.trainer.val_pictures == 0:
         return {}
     thin = val.thinned(recipe.trainer.val_pictures)
     dense, reduced = measure(model, thin, [Run(), Run(recipe.settings)])
     return {"split": val.title, "images": len(thin), "dense": dense, "reduced": reduced}
+
+
+def folders(recipe: PolicyRecipe | SegmenterRecipe) -> tuple[LabelledFolder, LabelledFolder]:
+    """The pictures that a recipe trains on and those that it looks at, as they are."""
+    data = recipe.data
+    return (
+        LabelledFolder(data.root, data.train_split, names=data.train_names),
+        LabelledFolder(data.root, data.val_split, names=data.val_names),
+    )
+
+
+def checked(
+    recipe: PolicyRecipe | SegmenterRecipe, folder: LabelledFolder, val: LabelledFolder
+) -> dict[str, str]:
+    """What the files of both folders hold; the main process reads them whole, unless it has before.
+
+    Raises:
+        TokenstepError: a picture or a label is wrong.
+    """
+    out = Path(recipe.out)
+    found = contents([folder, val], out / FILES, write=is_main())
+    if is_main():
+        require_sound([val], folder, contents=found, cache=out / SOUND)
+    return found
 
 
 def alone(recipe: PolicyRecipe | SegmenterRecipe) -> AbstractContextManager[None]:
@@ -154,12 +181,6 @@ def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegm
     model.use(checkpointing=recipe.trainer.checkpointing)
     model.train()  # which leaves the frozen policy in eval mode; Lightning does not call it
     return model
-
-
-def training_folder(recipe: PolicyRecipe | SegmenterRecipe) -> LabelledFolder:
-    """The pictures that a recipe trains on, as they are."""
-    data = recipe.data
-    return LabelledFolder(data.root, data.train_split, names=data.train_names)
 
 
 def count_pixels(folder: LabelledFolder) -> Tensor:
