@@ -18,7 +18,7 @@ from conftest import CLASSES, PALETTE
 from PIL import Image
 from samples import labelled_folder, pattern, png_header
 
-from tokenstep import __version__, cli, terminal
+from tokenstep import __version__, cli, infer, terminal
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.report import shown
@@ -208,7 +208,7 @@ def test_line_breaks_in_a_name_make_no_second_line(refused: Callable[..., str]) 
 def test_an_unwritable_folder_is_told_before_any_work(
     refused: Callable[..., str], saved: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "segment_files", None)
+    monkeypatch.setattr(infer, "segment_files", None)
     for out in (photo, photo / "below"):
         assert str(out) in refused("segment", photo, "--model", saved, "--out", out)
 

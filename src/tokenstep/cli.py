@@ -6,13 +6,12 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tokenstep import __version__, cli_bench, cli_demo, cli_explain, cli_measure, tables
 from tokenstep.errors import TokenstepError
-from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import (
     Device,
     Exits,
@@ -25,10 +24,7 @@ from tokenstep.options import (
     choose,
     load_model,
 )
-from tokenstep.pictures import find_pictures, require_writable, write_text
-from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
-from tokenstep.tiles import require_side
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,6 +94,10 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
+    from tokenstep.infer import SegmentJob, segment_files
+    from tokenstep.pictures import require_writable, write_text
+    from tokenstep.tiles import require_side
+
     paths, entries = _find(pictures)
     network = load_model(model, device, threads)
     settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
@@ -129,8 +129,10 @@ def segment(
         raise typer.Exit(1)
 
 
-def _find(pictures: list[str]) -> tuple[list[Path], list[Report]]:
+def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
     """The pictures of the call, and an entry for each argument that holds none."""
+    from tokenstep.pictures import find_pictures
+
     paths, faults = find_pictures(pictures)
     if not paths:
         for fault in faults.values():
@@ -144,6 +146,7 @@ def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train the policy that finds homogeneous superpatches, from label maps."""
     require_extra("lightning", "tensorboard", extra="train")
     from tokenstep.loop import is_main
+    from tokenstep.recipes import PolicyRecipe, read_recipe
     from tokenstep.train import train_policy
 
     read = read_recipe(PolicyRecipe, recipe, overrides or [])
@@ -157,6 +160,7 @@ def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train a segmenter on merged tokens, with the policy frozen."""
     require_extra("lightning", "tensorboard", extra="train")
     from tokenstep.loop import is_main
+    from tokenstep.recipes import SegmenterRecipe, read_recipe
     from tokenstep.train import train_segmenter
 
     read = read_recipe(SegmenterRecipe, recipe, overrides or [])

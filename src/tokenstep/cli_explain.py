@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokenstep import tables
 from tokenstep.config import DENSE, OperatingPoint, Settings
-from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain.folder import explain_folder, worst
-from tokenstep.explain.report import Section, page
-from tokenstep.explain.views import difference_rows, explain_picture, look
-from tokenstep.infer import output_names, scaled_down
 from tokenstep.options import (
     Device,
     Exits,
@@ -28,21 +23,16 @@ from tokenstep.options import (
     choose,
     load_model,
 )
-from tokenstep.pictures import (
-    find_pictures,
-    read_picture,
-    require_writable,
-    to_tensor,
-    write_text,
-    write_whole,
-)
-from tokenstep.segmenter import StepSegmenter
 from tokenstep.terminal import as_json, complain, progress_bar, require_extra
-from tokenstep.tiles import fits
+
+if TYPE_CHECKING:
+    from tokenstep.data import LabelledFolder
+    from tokenstep.explain.report import Section
+    from tokenstep.segmenter import StepSegmenter
 
 app = typer.Typer()
 
-Found = tuple[dict[str, Any], list[Section]]  # the numbers, with `faults`, and the page's parts
+Found = tuple[dict[str, Any], "list[Section]"]  # the numbers, with `faults`, and the page's parts
 
 
 @app.command("explain")
@@ -69,6 +59,10 @@ def explain_command(
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
     require_extra("matplotlib", extra="plot")
+    from tokenstep.data import LabelledFolder
+    from tokenstep.explain.report import page
+    from tokenstep.pictures import require_writable
+
     if (data is None) == (not pictures):
         raise TokenstepError("explain: give pictures, or --data with a labelled folder")
     if data is None and names:
@@ -100,10 +94,14 @@ def explain_command(
 
 
 def _explain_pictures(
-    network: StepSegmenter, named: Sequence[str], settings: Settings, max_side: int | None
+    network: "StepSegmenter", named: Sequence[str], settings: Settings, max_side: int | None
 ) -> Found:
     """Explain each picture that can be read and segmented."""
     from tokenstep.explain.sections import picture_sections
+    from tokenstep.explain.views import explain_picture, look
+    from tokenstep.infer import output_names, scaled_down
+    from tokenstep.pictures import find_pictures, read_picture, to_tensor
+    from tokenstep.tiles import fits
 
     paths, missing = find_pictures(named)
     faults = [{"file": file, "error": fault} for file, fault in missing.items()]
@@ -128,9 +126,12 @@ def _explain_pictures(
     return {"pictures": entries, "faults": faults}, sections
 
 
-def _explain_data(network: StepSegmenter, folder: LabelledFolder, settings: Settings) -> Found:
+def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: Settings) -> Found:
     """Explain a labelled folder, and the pictures that lost most against dense one by one."""
+    from tokenstep.explain.folder import explain_folder, worst
+    from tokenstep.explain.report import Section
     from tokenstep.explain.sections import difference_section, picture_sections, set_sections
+    from tokenstep.explain.views import difference_rows, explain_picture, look
 
     with progress_bar() as progress:
         task = progress.add_task("explain", total=len(folder))
@@ -168,8 +169,10 @@ def _intro(settings: Settings, point: OperatingPoint | None) -> str:
     return text if point is None else f"{text} At this {tables.promise(point)}."
 
 
-def _write(out: Path, report: dict[str, Any], sections: Sequence[Section], text: str) -> None:
+def _write(out: Path, report: dict[str, Any], sections: "Sequence[Section]", text: str) -> None:
     """Write the page, its figures and its numbers, each file whole."""
+    from tokenstep.pictures import write_text, write_whole
+
     for section in sections:
         for figure in section.figures:
             write_whole(out / f"{figure.name}.figure.png", partial(_save, data=figure.png))

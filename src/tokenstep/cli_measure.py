@@ -7,12 +7,8 @@ from typing import Annotated
 import typer
 
 from tokenstep import tables
-from tokenstep.calibrate import Search, calibrate
-from tokenstep.compare import compare, figure, markdown
-from tokenstep.data import LabelledFolder
+from tokenstep.choices import PARTITIONS, Search
 from tokenstep.errors import TokenstepError
-from tokenstep.evaluate import evaluate
-from tokenstep.measure import PARTITIONS, Run
 from tokenstep.options import (
     Data,
     Device,
@@ -26,7 +22,6 @@ from tokenstep.options import (
     load_model,
     numbers,
 )
-from tokenstep.pictures import require_writable, write_text, write_whole
 from tokenstep.terminal import as_json, console, progress_bar, require_extra
 
 app = typer.Typer()
@@ -52,6 +47,11 @@ def evaluate_command(
     threads: Threads = None,
 ) -> None:
     """Measure dense and reduced side by side: mIoU, boundary IoU, tokens, GMAC, seconds."""
+    from tokenstep.data import LabelledFolder
+    from tokenstep.evaluate import evaluate
+    from tokenstep.measure import Run
+    from tokenstep.pictures import require_writable, write_text
+
     source = next((known for known in PARTITIONS if known == partition), None)
     if source is None:
         raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITIONS)}")
@@ -104,6 +104,10 @@ def calibrate_command(
 
     Killed, it goes on where it was when the same command is given again.
     """
+    from tokenstep.calibrate import calibrate
+    from tokenstep.data import LabelledFolder
+    from tokenstep.pictures import require_writable, write_text
+
     require_writable(out)
     search = Search(
         numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
@@ -146,6 +150,10 @@ def compare_command(
 ) -> None:
     """Measure STEP beside what a user would do instead, all in one run: a table and a figure."""
     require_extra("matplotlib", extra="plot")
+    from tokenstep.compare import compare, figure, markdown
+    from tokenstep.data import LabelledFolder
+    from tokenstep.pictures import require_writable, write_text, write_whole
+
     require_writable(out)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
