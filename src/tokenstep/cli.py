@@ -4,7 +4,6 @@ import io
 import logging
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +94,8 @@ def segment(
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
     from tokenstep.infer import SegmentJob, segment_files
-    from tokenstep.pictures import require_writable, write_text
+    from tokenstep.pictures import require_writable
+    from tokenstep.reports import ReportFile, classes_of, header
     from tokenstep.tiles import require_side
 
     paths, entries = _find(pictures)
@@ -107,15 +107,15 @@ def segment(
     for entry in entries:
         complain(entry["error"])
     job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare, tile=tile)
-    with progress_bar() as progress:
+    head = header(model, network.config, settings, point)
+    head["classes"] = classes_of(network.config)
+    with progress_bar() as progress, ReportFile(out / "report.json", head, entries) as report:
         for entry in progress.track(
             segment_files(network, paths, job), total=len(paths), description="segment"
         ):
-            entries.append(entry)
+            report.add(entry)
             if "error" in entry:
                 complain(entry["error"])
-    report = {"settings": asdict(settings), "point": point and asdict(point), "images": entries}
-    write_text(out / "report.json", as_json(report) + "\n")
     done = [entry for entry in entries if "error" not in entry]
     if done:
         console.print(tables.segmented(done))
@@ -131,6 +131,7 @@ def segment(
 
 def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
     """The pictures of the call, and an entry for each argument that holds none."""
+    from tokenstep.infer import missing
     from tokenstep.pictures import find_pictures
 
     paths, faults = find_pictures(pictures)
@@ -138,7 +139,7 @@ def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
         for fault in faults.values():
             complain(fault)
         raise typer.Exit(2)
-    return paths, [{"file": file, "error": fault} for file, fault in faults.items()]
+    return paths, missing(paths, faults)
 
 
 @train_app.command("policy")

@@ -1,7 +1,6 @@
 """The command that shows where tokens go: a report on pictures, or on a labelled folder."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,6 +61,7 @@ def explain_command(
     from tokenstep.data import LabelledFolder
     from tokenstep.explain.report import page
     from tokenstep.pictures import require_writable
+    from tokenstep.reports import header
 
     if (data is None) == (not pictures):
         raise TokenstepError("explain: give pictures, or --data with a labelled folder")
@@ -73,8 +73,7 @@ def explain_command(
     folder = None if data is None else LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    of: dict[str, Any] = {"model": model, "settings": asdict(settings)}
-    of["point"] = point and asdict(point)
+    of = header(model, network.config, settings, point)
     title = f"Where the tokens of {model} go"
     if folder is None:
         report, sections = _explain_pictures(network, pictures or [], settings, max_side)
@@ -99,12 +98,12 @@ def _explain_pictures(
     """Explain each picture that can be read and segmented."""
     from tokenstep.explain.sections import picture_sections
     from tokenstep.explain.views import explain_picture, look
-    from tokenstep.infer import output_names, scaled_down
+    from tokenstep.infer import missing, output_names, scaled_down
     from tokenstep.pictures import find_pictures, read_picture, to_tensor
     from tokenstep.tiles import fits
 
-    paths, missing = find_pictures(named)
-    faults = [{"file": file, "error": fault} for file, fault in missing.items()]
+    paths, none = find_pictures(named)
+    faults = missing(paths, none)
     entries: list[dict[str, Any]] = []
     sections: list[Section] = []
     with progress_bar() as progress:
@@ -118,7 +117,7 @@ def _explain_pictures(
             except TokenstepError as error:
                 reason = str(error)
                 named_so = reason if str(path) in reason else f"{path}: {reason}"
-                faults.append({"file": str(path), "error": named_so})
+                faults.append({"file": str(path), "name": name, "error": named_so})
                 continue
             numbers = explain_picture(view)
             entries.append({"file": str(path), "name": name, **numbers})
