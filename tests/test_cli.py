@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -311,6 +312,22 @@ def test_wrong_options(
     assert not (photo.parent / "out").exists()
 
 
+def test_the_picture_s_own_compute_is_printed_not_that_of_the_calibration(
+    call: Call, tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "model")
+    config = json.loads((saved / "config.json").read_text())
+    point = {"settings": config["settings"], "miou": 0.5, "loss": 0.25, "gmac": 777.77}
+    config["points"] = [{**point, "tokens": 9, "halted_share": 0, "split": "val", "images": 7}]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    code, stdout, err = call("segment", photo, "--model", tmp_path / "model", "--out", out)
+    assert (code, err) == (0, "")
+    (entry,) = report_in(out)
+    assert f"this picture: {entry['gmac']['used']:.2f} GMAC" in stdout and "777" not in stdout
+    assert "0.25 points of mIoU below the best" in stdout and "7 pictures of val" in stdout
+
+
 # --- models -----------------------------------------------------------------------------------
 
 
@@ -477,7 +494,7 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     code, stdout, err = call(
         "calibrate", "--model", saved, "--half", "--out", out, *options, *search
     )
-    assert (code, err) == (0, "") and "points lost" in stdout and str(out) in stdout
+    assert (code, err) == (0, "") and "the best" in stdout and str(out) in stdout
     report = json.loads((out / "calibration.json").read_text())
     tried = report["search"]
     assert (tried["prices"], tried["bars"]) == ([0.4, 9], [0.4])
@@ -596,6 +613,11 @@ def test_explain_shows_every_number_of_a_labelled_folder(
             for key, value in table[0].items():
                 assert f"<td>{escape(shown(key, value))}</td>" in page
     assert len(report["worst"]) == min(10, report["images"])
+    headings = re.findall("<th>(.*?)</th>", page)
+    assert "inter-class boundary IoU" in headings and "boundary iou" not in headings
+    bases = {text for text in headings if text.startswith("points")}
+    assert bases == {"points of mIoU below dense", "points of pixel accuracy below dense"}
+    assert not any(text.endswith("share") for text in headings), "a share of what?"
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def segment(
         for entry in done:
             if entry["windows"] > 1:
                 print(f"{entry['file']}: in {entry['windows']} overlapping windows")
+        print(tables.spent(done))
         if point is not None:
             print(tables.promise(point))
         print(f"results in {out}")

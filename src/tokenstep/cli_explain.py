@@ -142,7 +142,7 @@ def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: 
     sections.append(
         Section(
             f"The {len(chosen)} pictures that lost most" if len(chosen) > 1 else "The one picture",
-            "Of all pictures, the worst first, by points lost against dense.",
+            "Of all pictures, the worst first, by points of pixel accuracy below dense.",
         )
     )
     report["worst"] = []

@@ -46,7 +46,7 @@ def evaluate_command(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Measure dense and reduced side by side: mIoU, boundary IoU, tokens, GMAC, seconds."""
+    """Measure dense and reduced side by side: mIoU, boundaries, tokens, GMAC, seconds."""
     from tokenstep.data import LabelledFolder
     from tokenstep.evaluate import evaluate
     from tokenstep.measure import Run

@@ -113,7 +113,7 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
         tokens=tokens,
         dense_overlay=out / "dense" / overlay.name,
         figures=figures(report),
-        point=promise(model, max_loss),
+        point=f"{promise(model, max_loss)}; {tables.spent([step])}",
         downloads=(labels, overlay, tokens, out / "step" / "report.json"),
     )
 
@@ -129,8 +129,8 @@ def figures(report: Mapping[str, Any]) -> str:
     dense, step = report["dense"], report["step"]
     clock = f"time on this machine ({report['machine']}), ms"
     pairs: tuple[tuple[str, float, float, str], ...] = (
-        ("tokens", dense["tokens"]["start"], step["tokens"]["start"], ",.0f"),
-        ("GMAC", dense["gmac"]["used"], step["gmac"]["used"], ",.2f"),
+        ("tokens at the start", dense["tokens"]["start"], step["tokens"]["start"], ",.0f"),
+        ("GMAC of this picture", dense["gmac"]["used"], step["gmac"]["used"], ",.2f"),
         (clock, tables.model_milliseconds(dense), tables.model_milliseconds(step), ",.0f"),
     )
     rows = [
