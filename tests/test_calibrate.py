@@ -13,7 +13,6 @@ from samples import labelled_folder
 
 from tokenstep import calibrate as module
 from tokenstep.calibrate import (
-    Search,
     best_threshold,
     calibrate,
     combinations,
@@ -23,6 +22,7 @@ from tokenstep.calibrate import (
     other_spares,
     spread,
 )
+from tokenstep.choices import Search
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from conftest import CLASSES, PALETTE
 from PIL import Image
 from samples import labelled_folder, pattern, png_header
 
-from tokenstep import __version__, cli, terminal
+from tokenstep import __version__, cli, infer, terminal
 from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.report import shown
@@ -208,21 +209,65 @@ def test_line_breaks_in_a_name_make_no_second_line(refused: Callable[..., str]) 
 def test_an_unwritable_folder_is_told_before_any_work(
     refused: Callable[..., str], saved: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "segment_files", None)
+    monkeypatch.setattr(infer, "segment_files", None)
     for out in (photo, photo / "below"):
         assert str(out) in refused("segment", photo, "--model", saved, "--out", out)
 
 
-def test_a_run_that_dies_leaves_no_report(
-    call: Call, tmp_path: Path, saved: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pictures", [0, 3])
+def test_a_run_that_is_stopped_leaves_a_report_of_what_it_wrote(
+    call: Call, tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, pictures: int
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    (tmp_path / "in").mkdir()
+    for number in range(5):
+        Image.fromarray(pattern(20, 30)).save(tmp_path / "in" / f"p{number}.png")
+    segment, out = StepSegmenter.segment_batch, tmp_path / "out"
+    meanwhile: list[dict[str, Any]] = []
+
+    def stop(model: StepSegmenter, images: Any, **settings: Any) -> Any:
+        if len(meanwhile) == pictures:
+            raise KeyboardInterrupt
+        written = out / "report.json"
+        meanwhile.append(json.loads(written.read_text()) if written.exists() else {})
+        return segment(model, images, **settings)
 
     monkeypatch.setattr(StepSegmenter, "segment_batch", stop)
-    code, _, err = call("segment", photo, "--model", saved, "--out", tmp_path / "out")
+    code, _, err = call("segment", tmp_path / "in", "--model", saved, "--out", out)
     assert code not in (0, 2) and "Traceback" not in err
-    assert not list((tmp_path / "out").iterdir())
+    report = json.loads((out / "report.json").read_text())
+    assert not report["finished"]
+    names = [entry["name"] for entry in report["images"]]
+    kinds = ("labels.png", "overlay.jpg", "tokens.jpg")
+    files = {f"{name}.{kind}" for name in names for kind in kinds}
+    assert {path.name for path in out.iterdir()} == {"report.json", *files}
+    if pictures:
+        assert len(names) > 0
+        assert [len(report["images"]) for report in meanwhile if report], "written on the way"
+
+
+def test_the_report_says_what_ran_and_names_every_picture(
+    call: Call, tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    bad, gone, out = tmp_path / "bad.jpg", tmp_path / "gone.jpg", tmp_path / "out"
+    bad.write_text("no picture")
+    Image.fromarray(pattern(20, 30)).save(tmp_path / "photo.jpg")
+    given = ("segment", gone, photo, bad, tmp_path / "photo.jpg")
+    call(*given, "--model", saved, "--out", out, "--exits", "0.9", "--max-side", "40")
+    report = json.loads((out / "report.json").read_text())
+    assert (report["model"], report["version"]) == (str(saved), __version__)
+    assert report["finished"]
+    assert [(one["index"], one["name"]) for one in report["classes"]] == list(enumerate(CLASSES))
+    assert [tuple(one["colour"]) for one in report["classes"]] == list(PALETTE)
+    assert report["thresholds"] == {"merge": {"2": 0, "4": 0}, "exits": {"1": 0.9}, "spare": 5}
+    entries = {Path(entry["file"]).name: entry for entry in report["images"]}
+    names = {file: entry["name"] for file, entry in entries.items()}
+    assert names == {
+        "gone.jpg": "gone",
+        "photo.png": "photo",
+        "bad.jpg": "bad",
+        "photo.jpg": "photo_jpg",
+    }
+    assert entries["photo.png"]["scale"] == 40 / 50 and entries["photo.jpg"]["scale"] is None
 
 
 def test_thresholds_change_what_is_spent(
@@ -265,6 +310,22 @@ def test_wrong_options(
     line = refused("segment", photo, "--model", saved, "--out", photo.parent / "out", *options)
     assert all(word in line for word in words.split())
     assert not (photo.parent / "out").exists()
+
+
+def test_the_picture_s_own_compute_is_printed_not_that_of_the_calibration(
+    call: Call, tmp_path: Path, saved: Path, photo: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "model")
+    config = json.loads((saved / "config.json").read_text())
+    point = {"settings": config["settings"], "miou": 0.5, "loss": 0.25, "gmac": 777.77}
+    config["points"] = [{**point, "tokens": 9, "halted_share": 0, "split": "val", "images": 7}]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    code, stdout, err = call("segment", photo, "--model", tmp_path / "model", "--out", out)
+    assert (code, err) == (0, "")
+    (entry,) = report_in(out)
+    assert f"this picture: {entry['gmac']['used']:.2f} GMAC" in stdout and "777" not in stdout
+    assert "0.25 points of mIoU below the best" in stdout and "7 pictures of val" in stdout
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -433,7 +494,7 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     code, stdout, err = call(
         "calibrate", "--model", saved, "--half", "--out", out, *options, *search
     )
-    assert (code, err) == (0, "") and "points lost" in stdout and str(out) in stdout
+    assert (code, err) == (0, "") and "the best" in stdout and str(out) in stdout
     report = json.loads((out / "calibration.json").read_text())
     tried = report["search"]
     assert (tried["prices"], tried["bars"]) == ([0.4, 9], [0.4])
@@ -517,7 +578,9 @@ def test_explain_writes_a_page_its_figures_and_its_numbers(
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     (picture,) = report["pictures"]
     assert (picture["name"], picture["width"], picture["height"]) == ("photo", 40, 32)
-    assert [fault["file"] for fault in report["faults"]] == [str(tmp_path / "broken.png")]
+    (fault,) = report["faults"]
+    assert (fault["file"], fault["name"]) == (str(tmp_path / "broken.png"), "broken")
+    assert report["version"] == __version__ and set(report["thresholds"]["exits"]) == {"1"}
     names = {path.name for path in out.glob("*.figure.png")}
     assert names == {
         f"photo.{kind}.figure.png" for kind in ("partition", "halting", "confidence-1", "live")
@@ -550,6 +613,11 @@ def test_explain_shows_every_number_of_a_labelled_folder(
             for key, value in table[0].items():
                 assert f"<td>{escape(shown(key, value))}</td>" in page
     assert len(report["worst"]) == min(10, report["images"])
+    headings = re.findall("<th>(.*?)</th>", page)
+    assert "inter-class boundary IoU" in headings and "boundary iou" not in headings
+    bases = {text for text in headings if text.startswith("points")}
+    assert bases == {"points of mIoU below dense", "points of pixel accuracy below dense"}
+    assert not any(text.endswith("share") for text in headings), "a share of what?"
 
 
 @pytest.mark.parametrize(

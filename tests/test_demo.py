@@ -79,7 +79,7 @@ def test_both_halves_of_a_picture_and_whole_files(
     model: StepSegmenter, photo: Path, out: Path
 ) -> None:
     shown = show(Demo({"own": model}, 480), photo, name="own", max_loss=3, out=out)
-    assert "2.30 points" in shown.point
+    assert "2.30 points" in shown.point and "below the best that calibration" in shown.point
     labels, overlay, tokens, _ = shown.downloads
     with Image.open(labels) as read:
         assert read.mode == "P" and read.size == (90, 60) and np.asarray(read).max() < len(CLASSES)
@@ -92,6 +92,7 @@ def test_both_halves_of_a_picture_and_whole_files(
     assert report["file"] == "photo.jpg" and report["point"]["loss"] == 2.3
     step, dense = report["step"], report["dense"]
     assert step["tokens"]["start"] < dense["tokens"]["start"] == dense["tokens"]["grid"]
+    assert f"this picture: {step['gmac']['used']:.2f} GMAC" in shown.point
     assert step["gmac"]["used"] < dense["gmac"]["used"] == dense["gmac"]["dense"]
     assert sum(step["tokens"]["halted"].values()) > 0
     with Image.open(out / "dense" / labels.name) as first, Image.open(labels) as second:

@@ -99,6 +99,18 @@ def test_overlay_legend_names_only_what_is_present():
     assert not (legend == PALETTE[1]).all(axis=1).any()
 
 
+def test_legends_say_what_their_shares_are_of(monkeypatch):
+    words = []
+    write = "PIL.ImageDraw.ImageDraw.text"
+    monkeypatch.setattr(write, lambda self, xy, text, *_, **__: words.append(text))
+    overlay(noise(16, 16), random_labels(16, 16), names=NAMES, palette=PALETTE)
+    assert any("share of the pixels" in text for text in words)
+    words.clear()
+    level, layer = np.zeros((2, 2), np.int8), np.zeros((2, 2), np.int16)
+    token_map(noise(16, 16), level=level, layer=layer, patch=8, depth=3)
+    assert any("share of the cells" in text for text in words)
+
+
 def test_overlay_shows_ignored_pixels():
     labels = np.full((10, 10), 255, dtype=np.uint8)
     drawn = overlay(noise(10, 10), labels, names=NAMES, palette=PALETTE, alpha=1.0)

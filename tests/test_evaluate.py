@@ -10,10 +10,11 @@ from PIL import Image
 from samples import labelled_folder, told
 from torch import Tensor
 
+from tokenstep.choices import PARTITIONS, Partition
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.evaluate import evaluate
-from tokenstep.measure import PARTITIONS, Partition, Run
+from tokenstep.measure import Run
 from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
 from tokenstep.model.policy import Sight

@@ -102,6 +102,18 @@ def test_comparing_reports_the_dense_model_beside(tmp_path: Path, model: StepSeg
         assert set(entry["dense"]["milliseconds"]) <= set(entry["milliseconds"])
 
 
+def test_a_picture_that_cannot_be_written_leaves_none_of_its_files(
+    tmp_path: Path, model: StepSegmenter
+) -> None:
+    paths, out = draw(tmp_path / "in", [(20, 30)] * 2), tmp_path / "out"
+    (out / "p000.tokens.jpg").mkdir(parents=True)  # a folder has the name of its last file
+    failed, fine = segment_files(model, paths, SegmentJob(out, REDUCED))
+    assert "p000.tokens.jpg" in failed["error"] and failed["name"] == "p000"
+    assert {path.name for path in out.iterdir() if path.is_file()} == {
+        f"{fine['name']}.{kind}" for kind in KINDS
+    }
+
+
 # --- faults -----------------------------------------------------------------------------------
 
 

@@ -1,11 +1,15 @@
 """Plain ViT segmenters made cheap: superpatch merging by a small CNN policy, and early exits."""
 
-from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings, VitConfig
-from tokenstep.errors import TokenstepError
-from tokenstep.hub import load, shipped_models
-from tokenstep.result import Result, TokenUse
-from tokenstep.segmenter import StepSegmenter
-from tokenstep.tokens import PackedTokens
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings, VitConfig
+    from tokenstep.errors import TokenstepError
+    from tokenstep.hub import load, shipped_models
+    from tokenstep.result import Result, TokenUse
+    from tokenstep.segmenter import StepSegmenter
+    from tokenstep.tokens import PackedTokens
 
 __version__ = "0.1.0"
 
@@ -24,3 +28,26 @@ __all__ = [
     "load",
     "shipped_models",
 ]
+
+# torch takes seconds to import, which `tokenstep --help` must not: a name is fetched from its
+# module when it is first asked for (PEP 562).
+_MODULES = {
+    "config": ("DENSE", "ModelConfig", "PolicyConfig", "Settings", "VitConfig"),
+    "errors": ("TokenstepError",),
+    "hub": ("load", "shipped_models"),
+    "result": ("Result", "TokenUse"),
+    "segmenter": ("StepSegmenter",),
+    "tokens": ("PackedTokens",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenstep.choices import Search
 from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.contents import FILES, contents, of_folder
 from tokenstep.data import LabelledFolder
@@ -27,23 +27,6 @@ from tokenstep.reliability import fit_exits
 from tokenstep.segmenter import StepSegmenter
 
 Measure = Callable[[Settings, LabelledFolder], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Search:
-    """What calibration tries.
-
-    ``prices`` are impure patches that a superpatch may bring to be worth its saving, one set of
-    merge thresholds each; ``bars`` are confidences at which tokens halt; ``spares`` how many of
-    each class stay. All combinations with the first of ``spares`` are measured on ``sample``
-    pictures, those that none beats with the other spares too, and the best ``confirm`` on all.
-    """
-
-    prices: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-    bars: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.98)
-    spares: tuple[int, ...] = (5, 0, 20)
-    sample: int = 20
-    confirm: int = 36
 
 
 def calibrate(

@@ -5,15 +5,13 @@ import logging
 import signal
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tokenstep import __version__, cli_bench, cli_data, cli_demo, cli_explain, cli_measure, tables
 from tokenstep.errors import Terminated, TokenstepError
-from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import (
     Device,
     Exits,
@@ -26,10 +24,7 @@ from tokenstep.options import (
     choose,
     load_model,
 )
-from tokenstep.pictures import find_pictures, require_writable, write_text
-from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
-from tokenstep.tiles import require_side
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,6 +103,11 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
+    from tokenstep.infer import SegmentJob, segment_files
+    from tokenstep.pictures import require_writable
+    from tokenstep.reports import ReportFile, classes_of, header
+    from tokenstep.tiles import require_side
+
     paths, entries = _find(pictures)
     network = load_model(model, device, threads)
     settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
@@ -117,21 +117,22 @@ def segment(
     for entry in entries:
         complain(entry["error"])
     job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare, tile=tile)
-    with progress_bar() as progress:
+    head = header(model, network.config, settings, point)
+    head["classes"] = classes_of(network.config)
+    with progress_bar() as progress, ReportFile(out / "report.json", head, entries) as report:
         for entry in progress.track(
             segment_files(network, paths, job), total=len(paths), description="segment"
         ):
-            entries.append(entry)
+            report.add(entry)
             if "error" in entry:
                 complain(entry["error"])
-    report = {"settings": asdict(settings), "point": point and asdict(point), "images": entries}
-    write_text(out / "report.json", as_json(report) + "\n")
     done = [entry for entry in entries if "error" not in entry]
     if done:
         console.print(tables.segmented(done))
         for entry in done:
             if entry["windows"] > 1:
                 print(f"{entry['file']}: in {entry['windows']} overlapping windows")
+        print(tables.spent(done))
         if point is not None:
             print(tables.promise(point))
         print(f"results in {out}")
@@ -139,14 +140,17 @@ def segment(
         raise typer.Exit(1)
 
 
-def _find(pictures: list[str]) -> tuple[list[Path], list[Report]]:
+def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
     """The pictures of the call, and an entry for each argument that holds none."""
+    from tokenstep.infer import missing
+    from tokenstep.pictures import find_pictures
+
     paths, faults = find_pictures(pictures)
     if not paths:
         for fault in faults.values():
             complain(fault)
         raise typer.Exit(2)
-    return paths, [{"file": file, "error": fault} for file, fault in faults.items()]
+    return paths, missing(paths, faults)
 
 
 @train_app.command("policy")
@@ -154,6 +158,7 @@ def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train the policy that finds homogeneous superpatches, from label maps."""
     require_extra("lightning", "tensorboard", extra="train")
     from tokenstep.loop import is_main
+    from tokenstep.recipes import PolicyRecipe, read_recipe
     from tokenstep.train import train_policy
 
     read = read_recipe(PolicyRecipe, recipe, overrides or [])
@@ -167,6 +172,7 @@ def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train a segmenter on merged tokens, with the policy frozen."""
     require_extra("lightning", "tensorboard", extra="train")
     from tokenstep.loop import is_main
+    from tokenstep.recipes import SegmenterRecipe, read_recipe
     from tokenstep.train import train_segmenter
 
     read = read_recipe(SegmenterRecipe, recipe, overrides or [])

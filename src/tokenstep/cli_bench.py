@@ -3,21 +3,20 @@
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
 import typer
-from torch import Tensor
 
 from tokenstep import __version__, tables
-from tokenstep.bench import bench, growth, with_backbone
-from tokenstep.cases import Case, is_noise
+from tokenstep.choices import CPU_ONLY, RIVALS
 from tokenstep.errors import TokenstepError
-from tokenstep.machine import description, gemm_rate
 from tokenstep.options import Device, Exits, MaxLoss, Merge, ModelName, Threads, choose, load_model
-from tokenstep.pictures import find_pictures, read_picture, require_writable, to_tensor, write_text
-from tokenstep.rivals import CPU_ONLY, RIVALS, MakeRival
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokenstep.rivals import MakeRival
 
 app = typer.Typer()
 
@@ -28,13 +27,6 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
-
-
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.BF16: torch.bfloat16,
-    Precision.FP16: torch.float16,
-}
 
 
 @app.command("bench")
@@ -69,6 +61,13 @@ def bench_command(
     threads: Threads = None,
 ) -> None:
     """Time STEP beside the dense model on real pictures, all ways in turn in one process."""
+    import torch
+
+    from tokenstep.bench import bench, growth, with_backbone
+    from tokenstep.cases import Case
+    from tokenstep.machine import description, gemm_rate
+    from tokenstep.pictures import find_pictures, require_writable, write_text
+
     cases = [
         Case(_size(one), count)
         for one in size or ["480x360", "960x720"]
@@ -93,10 +92,10 @@ def bench_command(
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
-            with torch.autocast(place.type, DTYPES[precision], precision is not Precision.FP32):
+            with torch.autocast(place.type, _dtype(precision), precision is not Precision.FP32):
                 rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
     grown = growth(rows)
-    weight: Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
+    weight: torch.Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
         "tokenstep": __version__,
         "machine": {**description(place), "gemm_gmac_per_second": gemm_rate(weight)},
@@ -116,21 +115,35 @@ def bench_command(
         console.print(tables.grown(grown))
 
 
-def _rivals(names: list[str], *, on_cpu: bool) -> dict[str, MakeRival]:
+def _dtype(precision: Precision) -> "torch.dtype":
+    import torch
+
+    return {
+        Precision.FP32: torch.float32,
+        Precision.BF16: torch.bfloat16,
+        Precision.FP16: torch.float16,
+    }[precision]
+
+
+def _rivals(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRival]":
     """What else is timed, by the name of its rows."""
+    from tokenstep.rivals import MAKERS
+
     rivals = {}
     for name in names:
         if name not in RIVALS:
             raise TokenstepError(f"--rival {name}: choose from {', '.join(RIVALS)}")
         if name in CPU_ONLY and not on_cpu:
             raise TokenstepError(f"--rival {name}: runs in fp32 on the CPU alone; leave it out")
-        make, packages = RIVALS[name]
-        require_extra(*packages, extra="bench")
-        rivals[f"dense, {name}"] = make
+        require_extra(*RIVALS[name], extra="bench")
+        rivals[f"dense, {name}"] = MAKERS[name]
     return rivals
 
 
 def _refuse_noise(paths: list[Path]) -> None:
+    from tokenstep.cases import is_noise
+    from tokenstep.pictures import read_picture, to_tensor
+
     if all(is_noise(to_tensor(read_picture(path))) for path in paths):
         raise TokenstepError(
             f"{paths[0]}: is noise, as all pictures given: there is nothing to merge in noise, and "

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokenstep import tables
-from tokenstep.data_check import check_folder
 from tokenstep.errors import TokenstepError
-from tokenstep.faults import Fault
-from tokenstep.pictures import require_writable, write_text
 from tokenstep.terminal import as_json, complain, console, progress_bar
+
+if TYPE_CHECKING:
+    from tokenstep.faults import Fault
 
 _SHOWN = 10  # faults of one kind that are printed
 
@@ -31,6 +31,9 @@ def check_command(
 
     Exit code 1 if there is an error; warnings alone end with 0.
     """
+    from tokenstep.data_check import check_folder
+    from tokenstep.pictures import require_writable, write_text
+
     printed = json_file == Path("-")
     if json_file is not None and not printed:
         if json_file.is_dir():
@@ -58,10 +61,10 @@ def check_command(
         raise typer.Exit(1)
 
 
-def _complain_of(faults: Sequence[Fault]) -> None:
+def _complain_of(faults: "Sequence[Fault]") -> None:
     """Print the first faults of each kind, errors first, and count the others."""
 
-    def kind(fault: Fault) -> tuple[str, str]:
+    def kind(fault: "Fault") -> tuple[str, str]:
         return fault.severity, fault.kind
 
     for (severity, name), group in groupby(sorted(faults, key=kind), kind):

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tokenstep.demo import Demo, warm_up
 from tokenstep.errors import TokenstepError
-from tokenstep.hub import shipped_models
 from tokenstep.options import Device, ModelName, Threads, load_model
 from tokenstep.terminal import complain, require_extra
 
@@ -33,6 +31,9 @@ def demo_command(
     MODEL and the shipped models can be chosen there. Ctrl-C ends it.
     """
     require_extra("gradio", extra="demo")
+    from tokenstep.demo import Demo, warm_up
+    from tokenstep.hub import shipped_models
+
     with _listen(host, port) as listening:
         names = dict.fromkeys([model, *shipped_models()])
         models = {name: load_model(name, device, threads) for name in names}

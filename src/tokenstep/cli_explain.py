@@ -1,21 +1,15 @@
 """The command that shows where tokens go: a report on pictures, or on a labelled folder."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokenstep import tables
 from tokenstep.config import DENSE, OperatingPoint, Settings
-from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain.folder import explain_folder, worst
-from tokenstep.explain.report import Section, page
-from tokenstep.explain.views import difference_rows, explain_picture, look
-from tokenstep.infer import output_names, scaled_down
 from tokenstep.options import (
     Device,
     Exits,
@@ -28,21 +22,16 @@ from tokenstep.options import (
     choose,
     load_model,
 )
-from tokenstep.pictures import (
-    find_pictures,
-    read_picture,
-    require_writable,
-    to_tensor,
-    write_text,
-    write_whole,
-)
-from tokenstep.segmenter import StepSegmenter
 from tokenstep.terminal import as_json, complain, progress_bar, require_extra
-from tokenstep.tiles import fits
+
+if TYPE_CHECKING:
+    from tokenstep.data import LabelledFolder
+    from tokenstep.explain.report import Section
+    from tokenstep.segmenter import StepSegmenter
 
 app = typer.Typer()
 
-Found = tuple[dict[str, Any], list[Section]]  # the numbers, with `faults`, and the page's parts
+Found = tuple[dict[str, Any], "list[Section]"]  # the numbers, with `faults`, and the page's parts
 
 
 @app.command("explain")
@@ -69,6 +58,11 @@ def explain_command(
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
     require_extra("matplotlib", extra="plot")
+    from tokenstep.data import LabelledFolder
+    from tokenstep.explain.report import page
+    from tokenstep.pictures import require_writable
+    from tokenstep.reports import header
+
     if (data is None) == (not pictures):
         raise TokenstepError("explain: give pictures, or --data with a labelled folder")
     if data is None and names:
@@ -79,8 +73,7 @@ def explain_command(
     folder = None if data is None else LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    of: dict[str, Any] = {"model": model, "settings": asdict(settings)}
-    of["point"] = point and asdict(point)
+    of = header(model, network.config, settings, point)
     title = f"Where the tokens of {model} go"
     if folder is None:
         report, sections = _explain_pictures(network, pictures or [], settings, max_side)
@@ -100,13 +93,17 @@ def explain_command(
 
 
 def _explain_pictures(
-    network: StepSegmenter, named: Sequence[str], settings: Settings, max_side: int | None
+    network: "StepSegmenter", named: Sequence[str], settings: Settings, max_side: int | None
 ) -> Found:
     """Explain each picture that can be read and segmented."""
     from tokenstep.explain.sections import picture_sections
+    from tokenstep.explain.views import explain_picture, look
+    from tokenstep.infer import missing, output_names, scaled_down
+    from tokenstep.pictures import find_pictures, read_picture, to_tensor
+    from tokenstep.tiles import fits
 
-    paths, missing = find_pictures(named)
-    faults = [{"file": file, "error": fault} for file, fault in missing.items()]
+    paths, none = find_pictures(named)
+    faults = missing(paths, none)
     entries: list[dict[str, Any]] = []
     sections: list[Section] = []
     with progress_bar() as progress:
@@ -120,7 +117,7 @@ def _explain_pictures(
             except TokenstepError as error:
                 reason = str(error)
                 named_so = reason if str(path) in reason else f"{path}: {reason}"
-                faults.append({"file": str(path), "error": named_so})
+                faults.append({"file": str(path), "name": name, "error": named_so})
                 continue
             numbers = explain_picture(view)
             entries.append({"file": str(path), "name": name, **numbers})
@@ -128,9 +125,12 @@ def _explain_pictures(
     return {"pictures": entries, "faults": faults}, sections
 
 
-def _explain_data(network: StepSegmenter, folder: LabelledFolder, settings: Settings) -> Found:
+def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: Settings) -> Found:
     """Explain a labelled folder, and the pictures that lost most against dense one by one."""
+    from tokenstep.explain.folder import explain_folder, worst
+    from tokenstep.explain.report import Section
     from tokenstep.explain.sections import difference_section, picture_sections, set_sections
+    from tokenstep.explain.views import difference_rows, explain_picture, look
 
     with progress_bar() as progress:
         task = progress.add_task("explain", total=len(folder))
@@ -142,7 +142,7 @@ def _explain_data(network: StepSegmenter, folder: LabelledFolder, settings: Sett
     sections.append(
         Section(
             f"The {len(chosen)} pictures that lost most" if len(chosen) > 1 else "The one picture",
-            "Of all pictures, the worst first, by points lost against dense.",
+            "Of all pictures, the worst first, by points of pixel accuracy below dense.",
         )
     )
     report["worst"] = []
@@ -168,8 +168,10 @@ def _intro(settings: Settings, point: OperatingPoint | None) -> str:
     return text if point is None else f"{text} At this {tables.promise(point)}."
 
 
-def _write(out: Path, report: dict[str, Any], sections: Sequence[Section], text: str) -> None:
+def _write(out: Path, report: dict[str, Any], sections: "Sequence[Section]", text: str) -> None:
     """Write the page, its figures and its numbers, each file whole."""
+    from tokenstep.pictures import write_text, write_whole
+
     for section in sections:
         for figure in section.figures:
             write_whole(out / f"{figure.name}.figure.png", partial(_save, data=figure.png))

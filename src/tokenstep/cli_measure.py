@@ -7,15 +7,8 @@ from typing import Annotated
 import typer
 
 from tokenstep import tables
-from tokenstep.calibrate import Search, calibrate
-from tokenstep.card import model_card, write_card
-from tokenstep.compare import compare, figure, markdown
-from tokenstep.data import LabelledFolder
+from tokenstep.choices import PARTITIONS, Search
 from tokenstep.errors import TokenstepError
-from tokenstep.evaluate import evaluate
-from tokenstep.faults import empty_classes
-from tokenstep.lock import held
-from tokenstep.measure import PARTITIONS, Run, require_same_classes
 from tokenstep.options import (
     Data,
     Device,
@@ -29,7 +22,6 @@ from tokenstep.options import (
     load_model,
     numbers,
 )
-from tokenstep.pictures import require_writable, write_text, write_whole
 from tokenstep.terminal import as_json, console, progress_bar, require_extra
 
 app = typer.Typer()
@@ -54,7 +46,12 @@ def evaluate_command(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Measure dense and reduced side by side: mIoU, boundary IoU, tokens, GMAC, seconds."""
+    """Measure dense and reduced side by side: mIoU, boundaries, tokens, GMAC, seconds."""
+    from tokenstep.data import LabelledFolder
+    from tokenstep.evaluate import evaluate
+    from tokenstep.measure import Run
+    from tokenstep.pictures import require_writable, write_text
+
     source = next((known for known in PARTITIONS if known == partition), None)
     if source is None:
         raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITIONS)}")
@@ -108,6 +105,12 @@ def calibrate_command(
 
     Killed, it goes on where it was when the same command is given again.
     """
+    from tokenstep.calibrate import calibrate
+    from tokenstep.card import model_card, write_card
+    from tokenstep.data import LabelledFolder
+    from tokenstep.lock import held
+    from tokenstep.pictures import write_text
+
     search = Search(
         numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
     )
@@ -150,6 +153,12 @@ def compare_command(
 ) -> None:
     """Measure STEP beside what a user would do instead, all in one run: a table and a figure."""
     require_extra("matplotlib", extra="plot")
+    from tokenstep.compare import compare, figure, markdown
+    from tokenstep.data import LabelledFolder
+    from tokenstep.faults import empty_classes
+    from tokenstep.measure import require_same_classes
+    from tokenstep.pictures import require_writable, write_text, write_whole
+
     require_writable(out)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)

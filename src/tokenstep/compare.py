@@ -47,7 +47,8 @@ def compare(
     ways["STEP"] = Run(settings)
     for point in model.config.points:
         if point.settings != settings:
-            ways[f"STEP, {point.loss:.2f} points lost on {point.split}"] = Run(point.settings)
+            lost = f"{point.loss:.2f} points below the best on {point.split}"
+            ways[f"STEP, {lost}"] = Run(point.settings)
     reports = measure(model, folder, list(ways.values()), on_picture=on_picture)
     rows = [{"method": name, **report} for name, report in zip(ways, reports, strict=True)]
     for name, other in others:
@@ -102,8 +103,8 @@ def oracle_tolerance(
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| method | mIoU | boundary IoU | tokens, start (p95) | tokens, end | halted | GMAC | "
-        "/ compute | x speed |",
+        "| method | mIoU | inter-class boundary IoU | tokens, start (p95) | tokens, end | "
+        "halted, of start | GMAC per picture | GMAC, dense / row | time, dense / row |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import choose
 from tokenstep.pictures import read_picture, write_text, write_whole
+from tokenstep.reports import classes_of, header
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.terminal import as_json
 
@@ -98,10 +99,9 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
     report = {
         "file": upload.name,
         "uploaded_size": [width, height],
-        "model": name,
+        **header(name, model.config, settings, point),
+        "classes": classes_of(model.config),
         "max_loss": max_loss,
-        "settings": asdict(settings),
-        "point": point and asdict(point),
         "machine": machine_of(model),
         "step": _without_paths(step),
         "dense": _without_paths(dense),
@@ -113,7 +113,7 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
         tokens=tokens,
         dense_overlay=out / "dense" / overlay.name,
         figures=figures(report),
-        point=promise(model, max_loss),
+        point=f"{promise(model, max_loss)}; {tables.spent([step])}",
         downloads=(labels, overlay, tokens, out / "step" / "report.json"),
     )
 
@@ -129,8 +129,8 @@ def figures(report: Mapping[str, Any]) -> str:
     dense, step = report["dense"], report["step"]
     clock = f"time on this machine ({report['machine']}), ms"
     pairs: tuple[tuple[str, float, float, str], ...] = (
-        ("tokens", dense["tokens"]["start"], step["tokens"]["start"], ",.0f"),
-        ("GMAC", dense["gmac"]["used"], step["gmac"]["used"], ",.2f"),
+        ("tokens at the start", dense["tokens"]["start"], step["tokens"]["start"], ",.0f"),
+        ("GMAC of this picture", dense["gmac"]["used"], step["gmac"]["used"], ",.2f"),
         (clock, tables.model_milliseconds(dense), tables.model_milliseconds(step), ",.0f"),
     )
     rows = [

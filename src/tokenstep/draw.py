@@ -59,7 +59,7 @@ def overlay(
     palette: Sequence[Colour],
     alpha: float = 0.5,
 ) -> Image.Image:
-    """Blend the classes over the picture, with a legend of those present and their share in %.
+    """Blend the classes over the picture; a legend has those present, and their share of pixels.
 
     The picture is scaled down (never up) until picture and legend together have at most 2000 px
     on the long side. Shares are counted on the full label map. Ignored pixels (255) are black.
@@ -84,7 +84,7 @@ def overlay(
     colours = _colours(labels, palette)
     shown = [*names, *["(ignored)"] * (256 - len(names))]
     entries = _entries(np.bincount(labels.reshape(-1)), colours, shown)
-    legend = _legend(entries, width=image.width)
+    legend = _legend(entries, "share of the pixels", width=image.width)
     scaled = _scaled(image, legend)
     rows = _pixels_under(image.height, scaled.height)[:, None]
     columns = _pixels_under(image.width, scaled.width)
@@ -127,7 +127,8 @@ def token_map(
     shown = [*(f"halted after block {k}" for k in range(depth)), f"ran all {depth} blocks"]
     count = f"tokens: {len(np.unique(token))} for {token.size} grid cells"
     entries = _entries(np.bincount(layer.reshape(-1)), colours, shown)
-    legend = _legend(entries, f"{count}, one per outlined square", width=image.width)
+    heading = f"{count}, one per outlined square; below: share of the cells"
+    legend = _legend(entries, heading, width=image.width)
     scaled = _scaled(image, legend)
     rows = _pixels_under(image.height, scaled.height)[:, None] // patch
     columns = _pixels_under(image.width, scaled.width) // patch
@@ -209,7 +210,7 @@ def _legend(entries: Sequence[_Entry], heading: str = "", *, width: int) -> Imag
     texts = [_text(entry, font, limit=20 * px) for entry in entries]
     step = math.ceil(max(font.getlength(text) for text in texts)) + 2 * line
     top = line // 2 + (line if heading else 0)
-    needed = math.ceil(len(entries) * line / (MAX_SIDE // 2 - top - 2 * line))
+    needed = math.ceil(len(entries) / ((MAX_SIDE // 2 - top - line // 2) // line))
     rows = math.ceil(len(entries) / max(min(width, MAX_SIDE) // step, needed))
     columns = math.ceil(len(entries) / rows)
     across = max(columns * step, math.ceil(font.getlength(heading)) + line)

@@ -1,8 +1,9 @@
 """Segment many picture files: read ahead of the model, write behind it, one report entry each."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice, repeat
 from pathlib import Path
@@ -23,6 +24,8 @@ from tokenstep.segmenter import StepSegmenter
 from tokenstep.tiles import WINDOW, fits, segment_tiled
 
 Report = dict[str, Any]
+
+_KINDS = ("labels.png", "overlay.jpg", "tokens.jpg")  # of the files of a picture
 
 
 @dataclass(frozen=True)
@@ -64,27 +67,31 @@ def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) 
 
     Yields one entry per picture in the order of ``paths``, whose ``name`` is the NAME of its
     files. A picture that cannot be read, segmented or written has an ``error`` that names it, and
-    the others go on. However many there are, some four batches are in memory at a time.
+    the others go on. All files of a picture are written or none, and none without an entry that
+    is yielded. However many there are, some four batches are in memory at a time.
     """
     waiting: deque[Report | Future[Report]] = deque()
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
         reads = _ahead(readers, paths, 2 * job.batch, job.max_side)
         warm = not job.compare
-        while group := list(islice(reads, job.batch)):
-            if not warm:
-                # What only a first call costs must not be held against either half.
-                _segment_group(model, group, job)
-                warm = True
-            for done in _segment_group(model, group, job):
-                if isinstance(done, _Segmented):
-                    waiting.append(writers.submit(_write, done, job.out))
-                else:
-                    waiting.append(done)
-            # One batch is written while the next one is segmented.
-            while len(waiting) > job.batch:
+        try:
+            while group := list(islice(reads, job.batch)):
+                if not warm:
+                    # What only a first call costs must not be held against either half.
+                    _segment_group(model, group, job)
+                    warm = True
+                for done in _segment_group(model, group, job):
+                    if isinstance(done, _Segmented):
+                        waiting.append(writers.submit(_write, done, job.out))
+                    else:
+                        waiting.append(done)
+                # One batch is written while the next one is segmented.
+                while len(waiting) > job.batch:
+                    yield _finished(waiting.popleft())
+            while waiting:
                 yield _finished(waiting.popleft())
-        while waiting:
-            yield _finished(waiting.popleft())
+        finally:
+            _withdraw(waiting, job.out)
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
@@ -103,6 +110,15 @@ def output_names(paths: Sequence[Path]) -> list[str]:
         names.append(next(free))
         owners[names[-1].casefold()] = path
     return names
+
+
+def missing(paths: Sequence[Path], faults: Mapping[str, str]) -> list[Report]:
+    """The entries of what holds no picture, with names beside those of the pictures ``paths``."""
+    names = output_names([*paths, *map(Path, faults)])[len(paths) :]
+    return [
+        {"file": file, "name": name, "error": fault}
+        for name, (file, fault) in zip(names, faults.items(), strict=True)
+    ]
 
 
 def _candidates(path: Path, beside: bool) -> Iterator[str]:
@@ -137,7 +153,7 @@ def _read(path: Path, name: str, max_side: int | None) -> Report | _Picture:
     try:
         image = read_picture(path)
     except TokenstepError as error:
-        return _failed(path, str(error))
+        return _failed(path, name, str(error))
     scaled = to_tensor(scaled_down(image, max_side))
     return _Picture(path, name, image, scaled, (perf_counter() - start) * 1000)
 
@@ -176,7 +192,7 @@ def _segment(
     else:
         return [_Segmented(*row) for row in zip(pictures, results, dense, strict=True)]
     if len(pictures) == 1:
-        return [_failed(pictures[0].path, reason)]
+        return [_failed(pictures[0].path, pictures[0].name, reason)]
     return [done for picture in pictures for done in _segment(model, [picture], job)]
 
 
@@ -195,9 +211,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return typed or "DefaultCPUAllocator" in str(error)
 
 
-def _failed(path: Path, reason: str) -> Report:
+def _failed(path: Path, name: str, reason: str) -> Report:
     """The entry of a picture that failed; its ``error`` is one line that names the file."""
-    return {"file": str(path), "error": reason if str(path) in reason else f"{path}: {reason}"}
+    error = reason if str(path) in reason else f"{path}: {reason}"
+    return {"file": str(path), "name": name, "error": error}
 
 
 def scaled_down(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -213,18 +230,34 @@ def _finished(entry: Report | Future[Report]) -> Report:
     return entry if isinstance(entry, dict) else entry.result()
 
 
+def _withdraw(waiting: Iterable[Report | Future[Report]], out: Path) -> None:
+    """Remove the files of pictures whose entries nobody will get, as the run was ended."""
+    for entry in waiting:
+        if isinstance(entry, Future) and not entry.cancel() and entry.exception() is None:
+            _remove(out, entry.result()["name"])
+
+
+def _remove(out: Path, name: str) -> None:
+    for kind in _KINDS:
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
+
+
 def _write(done: _Segmented, out: Path) -> Report:
     """Write the three pictures of a result; returns the entry of the report."""
     start = perf_counter()
-    path, image = done.picture.path, done.picture.image
+    path, name, image = done.picture.path, done.picture.name, done.picture.image
     try:
-        _write_pictures(done.result, image, out, done.picture.name)
+        _write_pictures(done.result, image, out, name)
     except TokenstepError as error:
-        return _failed(path, str(error))
+        _remove(out, name)
+        return _failed(path, name, str(error))
     report = done.result.report()
     stages = {"read": done.picture.milliseconds, **done.result.milliseconds}
     report["milliseconds"] = _rounded({**stages, "write": (perf_counter() - start) * 1000})
+    report["scale"] = None  # of the sides, where the model saw a smaller picture
     if (report["width"], report["height"]) != image.size:
+        report["scale"] = round(max(report["width"], report["height"]) / max(image.size), 5)
         report["scaled_to"] = [report["width"], report["height"]]
         report["width"], report["height"] = image.size
     if done.dense is not None:
@@ -232,7 +265,7 @@ def _write(done: _Segmented, out: Path) -> Report:
             "milliseconds": _rounded(done.dense.milliseconds),
             "same_pixels": round(float((done.dense.labels == done.result.labels).mean()), 5),
         }
-    return {"file": str(path), "name": done.picture.name, **report}
+    return {"file": str(path), "name": name, **report}
 
 
 def _rounded(milliseconds: dict[str, float]) -> dict[str, float]:

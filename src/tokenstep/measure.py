@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from tokenstep.choices import Partition
 from tokenstep.config import DENSE, Settings
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -17,9 +18,6 @@ from tokenstep.metrics import Tally
 from tokenstep.model import superpatches
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
-
-Partition = Literal["policy", "uniform", "oracle", "random"]
-PARTITIONS: tuple[Partition, ...] = ("policy", "uniform", "oracle", "random")
 
 
 @dataclass(frozen=True)

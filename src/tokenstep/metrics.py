@@ -13,7 +13,10 @@ from tokenstep.errors import TokenstepError
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality on a data set, all 0 to 1; None where nothing of the kind ever occurs."""
+    """Quality on a data set, all 0 to 1; None where nothing of the kind ever occurs.
+
+    ``boundary_iou`` is the inter-class boundary IoU that :class:`Tally` defines.
+    """
 
     miou: float
     iou: tuple[float | None, ...]
@@ -77,9 +80,13 @@ def _over_window(
 class Tally:
     """Sums over a data set, from which the scores follow.
 
-    mIoU comes from one summed confusion matrix. Boundary IoU (arXiv 2103.16562) compares each
-    class's band of pixels within 2 % of the diagonal of a boundary, also summed over the set;
-    unlike there, the border of the picture or of an ignored region is no boundary.
+    mIoU comes from one summed confusion matrix. The inter-class boundary IoU is a variant of
+    Boundary IoU (arXiv 2103.16562). Of a label map, a class's band are its labelled pixels with a
+    pixel of another class at most d rows and at most d columns away; d is 2 % of the picture's
+    diagonal, rounded, at least 1. Of each class, the pixels in both bands, the prediction's and
+    the truth's, are divided by those in either, both summed over the set; the score is the mean
+    over the classes that have a band. In the paper a picture's border is a boundary too. Here it
+    is none, nor is the border of an ignored region, and ignored pixels are in no band.
     """
 
     def __init__(self, classes: int) -> None:

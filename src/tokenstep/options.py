@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.errors import TokenstepError
-from tokenstep.hub import load
-from tokenstep.segmenter import StepSegmenter
+
+if TYPE_CHECKING:
+    from tokenstep.segmenter import StepSegmenter
 
 Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
 ModelName = Annotated[
@@ -44,8 +44,12 @@ MaxSide = Annotated[
 ]
 
 
-def load_model(name: str, device: str, threads: int | None) -> StepSegmenter:
+def load_model(name: str, device: str, threads: int | None) -> "StepSegmenter":
     """Load a model onto a device."""
+    import torch
+
+    from tokenstep.hub import load
+
     if threads is not None:
         torch.set_num_threads(threads)
     cards = range(torch.cuda.device_count())
@@ -58,7 +62,7 @@ def load_model(name: str, device: str, threads: int | None) -> StepSegmenter:
 
 
 def choose(
-    model: StepSegmenter,
+    model: "StepSegmenter",
     *,
     dense: bool = False,
     max_loss: float | None = None,
@@ -85,7 +89,7 @@ def choose(
     return settings, next(known, None)
 
 
-def _by_hand(model: StepSegmenter, merge: str | None, exits: str | None) -> Settings:
+def _by_hand(model: "StepSegmenter", merge: str | None, exits: str | None) -> Settings:
     """The model's own settings with what the command line changes."""
     settings = model.config.settings
     if merge is not None:

@@ -84,7 +84,7 @@ def _form(demo: Demo, start: str) -> _Form:
             )
         with gr.Column(min_width=320):
             model = gr.Radio(list(demo.models), value=start, label="Model", elem_id="model")
-            label = "Maximum loss, points of mIoU"
+            label = "Maximum loss, points of mIoU below the best that calibration found"
             knob = gr.Slider(0, top, value, step=0.1, label=label, buttons=[], elem_id="knob")
             point = gr.HTML(_point(demo, start, value), elem_id="point")
             button = gr.Button("Segment", variant="primary", elem_id="segment")
@@ -110,7 +110,8 @@ def _answer() -> _Answer:
                     "The time is the model's own, without files, measured once on this one "
                     "picture; whatever else the machine does shows in it. What this picture loses "
                     "is not known, as it has no labels: the loss is that of the pictures that the "
-                    "model was calibrated on."
+                    "model was calibrated on. Shares under the classes are of the pixels, those "
+                    "under the token map of its cells."
                 )
     return _Answer(message, results, point, figures, overlay, dense, tokens, downloads)
 

@@ -148,10 +148,9 @@ def export(twin: DenseTwin, batch: int, folder: Path) -> Path:
     return path
 
 
-RIVALS: dict[str, tuple[MakeRival, tuple[str, ...]]] = {  # and the packages that each needs
-    "torch": (torch_rival, ()),
-    "compile": (compiled_rival, ()),
-    "onnx": (onnx_rival, ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": (openvino_rival, ("onnx", "onnxscript", "openvino")),
+MAKERS: dict[str, MakeRival] = {  # of `choices.RIVALS`
+    "torch": torch_rival,
+    "compile": compiled_rival,
+    "onnx": onnx_rival,
+    "openvino": openvino_rival,
 }
-CPU_ONLY = ("onnx", "openvino")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -16,7 +17,9 @@ _FILES = ("read", "write")  # the stages that are not the model's own
 
 def segmented(entries: Sequence[dict[str, Any]]) -> Table:
     """One row per picture, from the entries of ``report.json`` that have no error."""
-    table = Table("picture", "size", "tokens", "halted", "GMAC", "ms")
+    both = "\ndense -> used"
+    time = "model ms" + (both if any("dense" in entry for entry in entries) else "")
+    table = Table("picture", "size", f"tokens{both}", "tokens\nhalted", f"GMAC{both}", time)
     for entry in entries:
         tokens, gmac = entry["tokens"], entry["gmac"]
         table.add_row(
@@ -37,6 +40,13 @@ def _milliseconds(entry: dict[str, Any]) -> str:
     return f"{model_milliseconds(entry['dense']):.0f} -> {used:.0f}"
 
 
+def spent(entries: Sequence[dict[str, Any]]) -> str:
+    """What the pictures of ``report.json`` cost themselves, whatever a calibration measured."""
+    used, dense = (fmean(entry["gmac"][key] for entry in entries) for key in ("used", "dense"))
+    whose = "this picture" if len(entries) == 1 else f"mean of these {len(entries)} pictures"
+    return f"{whose}: {used:.2f} GMAC, {dense:.2f} for the dense model"
+
+
 def model_milliseconds(entry: dict[str, Any]) -> float:
     """The model's own time in an entry of ``report.json``, without reading and writing files."""
     return float(sum(time for stage, time in entry["milliseconds"].items() if stage not in _FILES))
@@ -48,13 +58,13 @@ def evaluated(report: dict[str, Any]) -> Table:
     table = Table(heading, "dense", "reduced")
     rows: tuple[tuple[str, int, Callable[[dict[str, Any]], float | None]], ...] = (
         ("mIoU", 4, lambda half: half["miou"]),
-        ("boundary IoU", 4, lambda half: half["boundary_iou"]),
+        ("inter-class boundary IoU", 4, lambda half: half["boundary_iou"]),
         ("accuracy", 4, lambda half: half["accuracy"]),
         ("tokens at start", 0, lambda half: half["tokens"]["start"]),
         ("tokens at end", 0, lambda half: half["tokens"]["end"]),
-        ("halted share", 3, lambda half: half["halted_share"]),
-        ("GMAC", 2, lambda half: half["gmac"]["total"]),
-        ("seconds", 3, lambda half: half["seconds"]),
+        ("halted, share of tokens at start", 3, lambda half: half["halted_share"]),
+        ("GMAC per picture", 2, lambda half: half["gmac"]["total"]),
+        ("seconds per picture", 3, lambda half: half["seconds"]),
     )
     for label, digits, pick in rows:
         values = (pick(report[half]) for half in ("dense", "reduced"))
@@ -79,7 +89,10 @@ def warned(warnings: Sequence[str]) -> str:
 
 def calibrated(report: dict[str, Any]) -> Table:
     """The operating points of a calibration, cheap to dear, and the dense model below them."""
-    table = Table("points lost", "mIoU", "GMAC", "tokens", "halted", "merge", "exits", "spare")
+    table = Table(
+        *("points\nbelow\nthe best", "mIoU", "GMAC per\npicture", "tokens\nat start"),
+        *("halted,\nshare\nof them", "merge", "exits", "spare"),
+    )
     for point in report["points"]:
         settings = point["settings"]
         table.add_row(
@@ -99,17 +112,16 @@ def calibrated(report: dict[str, Any]) -> Table:
 
 
 def benched(rows: Sequence[dict[str, Any]]) -> Group:
-    """A table per case and scope, a row per way; ``share`` is the speed-up over the compute ratio.
-
-    Times are of a batch, GMAC of a picture.
-    """
+    """A table per case and scope, a row per way, and below what their columns are."""
     return Group(
         *(
             _case(f"{size}, batch {batch}, {scope.replace('_', ' ')}", list(group))
             for (size, batch, scope), group in groupby(
                 rows, lambda row: (row["size"], row["batch"], row["scope"])
             )
-        )
+        ),
+        "ms and MiB are of a batch, GMAC of a picture; x speed and / GMAC are dense over the row;\n"
+        "share is x speed over / GMAC: how much of the saved compute shows as time.",
     )
 
 
@@ -157,8 +169,8 @@ def grown(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def promise(point: OperatingPoint) -> str:
-    """What an operating point was measured to lose, on what."""
+    """What an operating point was measured to lose, to what and on what."""
     return (
-        f"operating point: {point.loss:.2f} points of mIoU lost and {point.gmac:.2f} GMAC per "
-        f"picture on {point.images} pictures of {point.split}"
+        f"operating point: {point.loss:.2f} points of mIoU below the best that calibration found, "
+        f"on {point.images} pictures of {point.split}"
     )

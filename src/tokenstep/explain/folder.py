@@ -55,7 +55,7 @@ def explain_folder(
             ]
             view = look(model, image, settings)
         except TokenstepError as error:
-            faults.append({"file": str(path), "error": str(error)})
+            faults.append({"file": str(path), "name": path.stem, "error": str(error)})
         else:
             sums.add(path.name, view, others, label)
         on_picture()

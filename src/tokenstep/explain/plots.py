@@ -42,7 +42,7 @@ def live(axes: Axes, rows: Rows) -> None:
 def shares(axes: Axes, rows: Rows) -> None:
     """Each class's share of the pixels beside its share of the tokens."""
     _bars(axes, rows, {"pixels_share": (BLACK, "pixels"), "tokens_share": (ORANGE, "tokens")})
-    axes.set_xlabel("share of all labelled")
+    axes.set_xlabel("share of the labelled pixels, and of their tokens")
     _legend_above(axes)
 
 
@@ -76,7 +76,7 @@ def depth_errors(axes: Axes, rows: Rows) -> None:
         "dense_wrong_share": (BLACK, "the same pixels, dense"),
     }
     _columns(axes, rows, "depth", wanted)
-    axes.set_ylabel("wrong")
+    axes.set_ylabel("share that is wrong")
 
 
 def reliability(axes: Axes, rows: Rows, after: int) -> None:
@@ -152,7 +152,7 @@ def losses(axes: Axes, rows: Rows) -> None:
         label="a picture",
     )
     axes.set_xlabel("tokens at the start, share of dense")
-    axes.set_ylabel("points of pixel accuracy lost")
+    axes.set_ylabel("points of pixel accuracy below dense")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     _finish(axes)
 

@@ -1,12 +1,30 @@
 """A report as one HTML file that needs nothing else: tables, and figures as data URIs."""
 
 from base64 import b64encode
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 from tokenstep.explain.views import Rows
 
+# What columns are called where the names in report.json, which stay as they are, say too little.
+HEADINGS = {
+    "miou": "mIoU",
+    "boundary_iou": "inter-class boundary IoU",
+    "points_lost": "points of mIoU below dense",
+    "gmac": "GMAC per picture",
+    "dense_share": "live tokens, share of dense",
+    "pixels_share": "share of the labelled pixels",
+    "labelled_share": "share of the labelled pixels",
+    "tokens_share": "share of the tokens",
+    "cells_share": "share of the cells",
+    "sub_cells_share": "share of the sub-cells",
+    "pure_share": "of one class, share of the superpatches",
+    "token_wrong_share": "wrong, share of the tokens",
+    "dense_wrong_share": "wrong in dense, share of the pixels",
+    "merging_alone_wrong_share": "wrong in merging alone, share of the pixels",
+    "step_wrong_share": "wrong in STEP, share of the pixels",
+}
 MANY = 15  # rows; a longer table is folded
 # Columns of numbers from 0 to 1 that are shown in %.
 PERCENT = ("share", "iou", "accuracy", "confidence", "purity")
@@ -41,6 +59,7 @@ class Section:
     figures: Sequence[FigureFile] = ()
     tables: Sequence[Rows] = ()
     rank: int = 2  # of the heading: 3 lies under the last 2
+    headings: Mapping[str, str] = field(default_factory=dict)  # of columns, before `HEADINGS`
 
 
 def page(title: str, intro: str, sections: Sequence[Section]) -> str:
@@ -67,12 +86,14 @@ def _section(section: Section, number: int) -> str:
     for figure in section.figures:
         data = b64encode(figure.png).decode("ascii")
         parts.append(f'<img alt="{escape(figure.says)}" src="data:image/png;base64,{data}">')
-    parts += [_table(rows) for rows in section.tables if rows]
+    headings = {**HEADINGS, **section.headings}
+    parts += [_table(rows, headings) for rows in section.tables if rows]
     return "\n".join(parts)
 
 
-def _table(rows: Rows) -> str:
-    head = "".join(f"<th>{escape(key.replace('_', ' '))}</th>" for key in rows[0])
+def _table(rows: Rows, headings: Mapping[str, str]) -> str:
+    names = (headings.get(key, key.replace("_", " ")) for key in rows[0])
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(shown(key, row[key]))}</td>" for key in row) + "</tr>"
         for row in rows

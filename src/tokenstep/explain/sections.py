@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokenstep.explain import figures, plots
 from tokenstep.explain.report import FigureFile, Section
-from tokenstep.explain.views import View, difference_rows
+from tokenstep.explain.views import Rows, View, difference_rows
 
 Draw = Callable[[Axes], None]
 
@@ -108,8 +108,10 @@ def _spending_sections(report: dict[str, Any]) -> list[Section]:
     return [
         Section(
             "What is saved, and what is lost",
-            "Each picture was run in each way. Merging alone is the same without exits. Points "
-            "lost are hundredths of mIoU against dense.",
+            "Each picture was run in each way. Merging alone is the same without exits. What is "
+            "lost is counted from dense here, while an operating point's loss is counted from the "
+            "best that calibration found. In the inter-class boundary IoU neither the border of "
+            "the picture nor that of an unlabelled region is a boundary.",
             tables=[report["ways"]],
         ),
         Section(
@@ -146,8 +148,15 @@ def _spending_sections(report: dict[str, Any]) -> list[Section]:
                 )
             ],
             [report["class_depths"]],
+            headings=_depth_headings(report["class_depths"]),
         ),
     ]
+
+
+def _depth_headings(rows: Rows) -> dict[str, str]:
+    keys = [key for row in rows[:1] for key in row if key != "class"]
+    names = (key.removesuffix("_share").replace("_", " ") for key in keys)
+    return {k: f"{n}, share of the class's tokens" for k, n in zip(keys, names, strict=True)}
 
 
 def _trust_sections(report: dict[str, Any]) -> list[Section]:
@@ -218,15 +227,17 @@ def _cost_sections(report: dict[str, Any]) -> list[Section]:
         ),
         Section(
             "Loss and tokens of each picture",
-            "Points lost are hundredths of the labelled pixels that dense has right, less those "
-            "that STEP has right. Below 0, STEP is better.",
+            "What a picture loses is counted in points of pixel accuracy: hundredths of the "
+            "labelled pixels that dense has right, less those that STEP has right. Below 0, STEP "
+            "is better.",
             [
                 _figure(
                     "pictures",
-                    "points of accuracy lost against dense, over tokens, one dot per picture",
+                    "points of pixel accuracy below dense, over tokens, one dot per picture",
                     partial(plots.losses, rows=report["pictures"]),
                 )
             ],
             [report["pictures"]],
+            headings={"points_lost": "points of pixel accuracy below dense"},
         ),
     ]

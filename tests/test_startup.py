@@ -1,0 +1,62 @@
+"""What loads when: help costs no library, and the package's names are there all the same."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import tokenstep
+from tokenstep.choices import RIVALS
+from tokenstep.rivals import MAKERS
+
+HEAVY = ["torch", "numpy", "timm", "PIL", "gradio", "matplotlib", "lightning", "huggingface_hub"]
+
+HELP = """
+import sys
+import typer
+from tokenstep.cli import app
+
+def walk(command, path):
+    yield path
+    for name, under in getattr(command, "commands", {}).items():
+        yield from walk(under, [*path, name])
+
+paths = list(walk(typer.main.get_command(app), []))
+assert len(paths) > 9, paths
+for path in paths:
+    app([*path, "--help"], standalone_mode=False)
+    print("LOADED", *path, [name for name in sys.argv[1:] if name in sys.modules])
+"""
+
+
+def fresh(code: str, *arguments: str) -> str:
+    """What a Python that has imported nothing yet prints."""
+    call = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_help_of_every_command_imports_no_heavy_library() -> None:
+    loaded = [line for line in fresh(HELP, *HEAVY).splitlines() if line.startswith("LOADED")]
+    assert loaded and all(line.endswith("[]") for line in loaded), loaded
+
+
+def test_a_bare_import_knows_all_names_and_loads_none() -> None:
+    code = (
+        "import sys, tokenstep; print([n for n in sys.argv[1:] if n in sys.modules]);"
+        "print(set(tokenstep.__all__) <= set(dir(tokenstep)))"
+    )
+    assert fresh(code, *HEAVY).split() == ["[]", "True"]
+
+
+def test_every_public_name_can_be_had_and_no_other() -> None:
+    names: dict[str, Any] = {}
+    exec("from tokenstep import *", names)
+    assert set(tokenstep.__all__) <= set(names)
+    assert tokenstep.load.__module__ == "tokenstep.hub"
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = tokenstep.lode
+
+
+def test_every_rival_that_help_names_can_be_made() -> None:
+    assert set(RIVALS) == set(MAKERS)
