@@ -145,6 +145,7 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
     torch.manual_seed(recipe.trainer.seed)
     try:
         policy = Policy(recipe.policy, recipe.patch)
+        _ = policy.growth  # refused now if it has none, not when the trained model is used
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
