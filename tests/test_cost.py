@@ -11,7 +11,7 @@ from tokenstep import cost
 from tokenstep.config import DENSE, PolicyConfig, Settings
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
-from tokenstep.model.positions import PooledPositions
+from tokenstep.model.positions import resampled
 from tokenstep.model.superpatches import grid_of
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
@@ -52,7 +52,8 @@ def interpolated(model: StepSegmenter, images: list[torch.Tensor]) -> float:
     maps = model.tokenise.position_maps()
     assert maps is not None
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        PooledPositions.of(maps, [grid_of(image.shape[-2:], model.patch) for image in images])
+        for grid in {grid_of(image.shape[-2:], model.patch) for image in images}:
+            resampled(maps, grid)
     return counter.get_total_flops() / 2e9
 
 
