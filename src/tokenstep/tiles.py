@@ -91,15 +91,15 @@ def fits(model: StepSegmenter, pictures: Sequence[Tensor]) -> bool:
 def needed_bytes(model: StepSegmenter, pictures: Sequence[Tensor]) -> int:
     """What a dense batch ``(3, h, w)`` holds at its peak, estimated from above."""
     grids = [grid_of(picture.shape[-2:], model.patch) for picture in pictures]
-    cells = [height * width for height, width in grids]
-    height, width = (max(side) for side in zip(*grids, strict=True))
-    dim, patch = int(model.encoder.dim), int(model.patch)
+    cells = [rows * columns for rows, columns in grids]
+    numbered = len(grids) * max(rows for rows, _ in grids) * max(columns for _, columns in grids)
+    dim = model.encoder.dim
     logits = len(model.config.classes) * model.config.vit.cells**2
     floats = (FEATURES_PER_TOKEN * dim + logits) * sum(cells)
     if pick_backend(model.encoder.settings.backend, next(model.parameters())) == "padded":
         floats += FEATURES_PADDED * dim * (len(cells) * max(cells) - sum(cells))
-    pixels = sum(cells) * patch**2
-    return BYTES_PER_PIXEL * pixels + BYTES_PER_CELL * len(grids) * height * width + 4 * floats
+    pixels = sum(cells) * model.patch**2
+    return BYTES_PER_PIXEL * pixels + BYTES_PER_CELL * numbered + 4 * floats
 
 
 @torch.inference_mode()
