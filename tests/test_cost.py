@@ -8,9 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenstep import cost
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, PolicyConfig, Settings
 from tokenstep.cost import Cost
-from tokenstep.model.positions import PooledPositions
+from tokenstep.errors import TokenstepError
+from tokenstep.model.growth import count_macs
+from tokenstep.model.positions import resampled
 from tokenstep.model.superpatches import grid_of
 from tokenstep.result import Result
 from tokenstep.segmenter import StepSegmenter
@@ -51,7 +53,8 @@ def interpolated(model: StepSegmenter, images: list[torch.Tensor]) -> float:
     maps = model.tokenise.position_maps()
     assert maps is not None
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        PooledPositions.of(maps, [grid_of(image.shape[-2:], model.patch) for image in images])
+        for grid in {grid_of(image.shape[-2:], model.patch) for image in images}:
+            resampled(maps, grid)
     return counter.get_total_flops() / 2e9
 
 
@@ -95,6 +98,53 @@ def test_a_batch_costs_what_its_pictures_cost(tiny_model: TinyModel) -> None:
     assert costs == [used(model, image, REDUCED).cost for image in images]
     total = sum(cost.total for cost in costs)
     assert total == pytest.approx(counted(model, images, REDUCED), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "stages"),
+    [
+        ("mobilenetv3_small_100", (1, 2, 3)),  # squeeze-excite
+        ("tf_efficientnet_lite0", (1, 2, 3)),  # padded on one side where that is enough
+        ("test_efficientnet", (1, 2)),
+        ("resnet18", (1, 3)),
+        ("inception_v3", (0, 1)),  # layers without padding
+    ],
+)
+def test_the_policy_costs_what_torch_counts(
+    tiny_model: TinyModel, trunk: str, stages: tuple[int, ...]
+) -> None:
+    policy = PolicyConfig(trunk, stages=stages, sizes=(2, 4), width=8, scale=0.7)
+    model = tiny_model(policy=policy)
+    for size in ((64, 96), (37, 431), (350, 29)):
+        image = torch.rand(3, *size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.policy(image[None])
+        assert used(model, image, REDUCED).cost.policy == counter.get_total_flops() / 2 / 1e9
+
+
+def test_a_new_picture_size_builds_no_network(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(policy_features=True)
+
+    def stop(*args: object, **options: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr("timm.create_model", stop)
+    for size in ((51, 78), (78, 51)):
+        assert used(model, torch.rand(3, *size), DENSE).cost.policy > 0
+
+
+def test_a_trunk_whose_compute_has_no_formula_is_not_trained_but_goes_on_running(
+    tiny_model: TinyModel,
+) -> None:
+    trunk = PolicyConfig("mobilevit_xxs", stages=(1, 2), sizes=(2, 4), width=8)
+    model = tiny_model(policy=trunk)
+    with pytest.raises(TokenstepError, match=r"policy trunk 'mobilevit_xxs'.*choose a CNN"):
+        model.policy.require_growth()
+    for size in ((64, 64), (61, 127), (64, 64)):
+        counted = count_macs(model.policy, torch.rand(1, 3, *size)) / 1e9
+        assert used(model, torch.rand(3, *size), REDUCED).cost.policy == pytest.approx(counted)
 
 
 def test_merging_and_exits_each_save(tiny_model: TinyModel) -> None:

@@ -239,6 +239,19 @@ def test_training_on_cuda_reaches_every_live_weight(tiny_model: TinyModel) -> No
         assert not [name for name, weight in part.named_parameters() if weight.grad is None]
 
 
+def test_a_picture_has_its_own_policy_features_in_any_batch(tiny_model: TinyModel) -> None:
+    model = tiny_model(policy_features=True)
+    sizes = [(40, 56), (56, 40), (37, 56), (40, 56), (33, 50), (56, 40)]  # three of one grid
+    pictures = [torch.rand(3, *size) for size in sizes]
+    with torch.no_grad():
+        together = model(pictures, settings=STEP).tokens
+        for index, picture in enumerate(pictures):
+            alone = model([picture], settings=STEP).tokens
+            assert alone.offsets[1] == together.offsets.diff()[index]
+            rows = slice(together.offsets[index], together.offsets[index + 1])
+            assert torch.allclose(together.x[rows], alone.x, atol=1e-5)
+
+
 def test_policy_features_reach_every_token_and_leave_the_policy_alone(
     tiny_model: TinyModel,
 ) -> None:
@@ -246,9 +259,11 @@ def test_policy_features_reach_every_token_and_leave_the_policy_alone(
     normal = model.normalise([torch.rand(3, 32, 48), torch.rand(3, 17, 40)])
     level = model.partition(normal, STEP)
     context = model.look(normal).context()
-    assert context.shape == (2, model.policy.channels, *level.shape[1:])
+    channels = model.policy.channels
+    assert [one.shape for one in context.values()] == [(1, channels, 4, 6), (1, channels, 3, 5)]
     tokens = model.tokenise(normal, level, context)
-    other = model.tokenise(normal, level, torch.randn_like(context))
+    noise = {grid: torch.randn_like(seen) for grid, seen in context.items()}
+    other = model.tokenise(normal, level, noise)
     changed = (tokens.x != other.x).any(dim=1)
     assert torch.equal(changed, ~tokens.is_prefix)
 

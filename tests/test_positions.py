@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 
-from tokenstep.model.positions import PooledPositions, resampled, sincos_positions
-from tokenstep.model.superpatches import level_of
+from tokenstep.model.positions import resampled, sincos_positions
 
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
 
@@ -47,22 +46,6 @@ def test_its_own_grid_is_left_as_it_is() -> None:
     maps = torch.randn(1, 6, 2, 8)
     assert resampled(maps, (2, 8)) is maps
     assert resampled(maps, (4, 4)).shape == (1, 6, 4, 4)  # as many cells, another grid
-
-
-@given(GRIDS, st.sampled_from([1, 2, 4]))
-def test_each_superpatch_has_the_mean_of_its_cells(grids: list[tuple[int, int]], side: int) -> None:
-    grids = [*grids, (side, side)]  # at least one picture has such a superpatch
-    maps = torch.randn(1, 6, 4, 4)
-    pooled = PooledPositions.of(maps, grids)
-    for _ in range(level_of(side) if side > 1 else 0):
-        pooled = pooled.halved()
-    for index, grid in enumerate(grids):
-        whole = resampled(maps, grid)
-        for row in range(grid[0] // side):
-            for column in range(grid[1] // side):
-                cells = whole[0, :, row * side :, column * side :][:, :side, :side]
-                where = (torch.tensor([entry]) for entry in (index, row, column))
-                assert torch.allclose(pooled.at(*where)[0], cells.mean((1, 2)), atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5)])

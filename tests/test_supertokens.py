@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import random_partition, scramble
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenstep.model import superpatches
 from tokenstep.model.positions import resampled
@@ -111,6 +112,34 @@ def test_a_picture_does_not_see_its_batch(
             rows = slice(tokens.offsets[index], tokens.offsets[index + 1])
             assert torch.allclose(tokens.x[rows], alone.x, atol=1e-5)
             assert torch.equal(tokens.size[rows], alone.size)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor that was made has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_tall_and_wide_pictures_take_no_more_room_than_alone(stem: str) -> None:
+    build = tokeniser(stem)
+    pictures = [torch.randn(3, 16, 800), torch.randn(3, 800, 16), torch.randn(3, 20, 790)]
+    level = random_partition(grids_of(build, pictures))
+    with torch.no_grad(), Largest() as batch:
+        build(pictures, level)
+    most = 0
+    for index, picture in enumerate(pictures):
+        height, width = superpatches.grid_of(picture.shape[-2:], build.patch)
+        with torch.no_grad(), Largest() as alone:
+            build([picture], level[index : index + 1, :height, :width])
+        most += alone.numbers
+    assert batch.numbers <= max(most, 2 * level.numel())
 
 
 def tokens_and_level(build: Tokeniser) -> tuple[PackedTokens, Tensor]:

@@ -130,3 +130,20 @@ def test_a_picture_is_tried_whole_unless_it_is_known_not_to_fit(
         monkeypatch.setattr("tokenstep.tiles.available_bytes", lambda device, free=free: free)
         assert fits(model, [large]) is expected
         assert fits(model, [small])
+        assert fits(model, [small, small]) is (free is None), "a batch can be run one by one"
+
+
+def test_the_maps_that_a_batch_shares_are_counted(
+    model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needed(pictures: list[torch.Tensor]) -> int:
+        """The least free memory, in MB, that the batch is said to fit in."""
+        free = 0
+        monkeypatch.setattr("tokenstep.tiles.available_bytes", lambda device: free * 10**6)
+        while not fits(model, pictures):
+            free += 1
+        return free
+
+    tall, wide = torch.empty(3, 4096, 8).byte(), torch.empty(3, 8, 4096).byte()
+    cells = 2 * 512 * 512  # of the grid as high as the one and as wide as the other
+    assert needed([tall, wide]) >= needed([tall, tall]) + 8 * cells / 10**6

@@ -1,24 +1,22 @@
 """Compute of one picture in GMAC, from the tokens that it really had.
 
-Linear layers and attention are counted by formula, the convolutional parts by torch's own counter
-on the meta device. Norms, softmax, activations and interpolation (of positions too, though that
-runs as products) are not counted, as in the literature.
+All of it is counted by formula. What convolutions cost, torch's counter says once per model: of one
+window of the embedding here, of the policy's CNN in :mod:`tokenstep.model.growth`. Norms, softmax,
+activations and interpolation (of positions too, though that runs as products) are not counted, as
+in the literature.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from tokenstep.config import PolicyConfig
 from tokenstep.model.attention import biased_width
 from tokenstep.model.decode import LinearDecoder, MaskDecoder
 from tokenstep.model.exits import ExitHeads
-from tokenstep.model.policy import Policy
+from tokenstep.model.growth import count_macs
 
 GIGA = 1e9
 
@@ -87,26 +85,9 @@ def decoder_macs(decoder: nn.Module, rows: int) -> int:
     raise TypeError(f"no cost is known for a decoder of type {type(decoder).__name__}")
 
 
-@lru_cache(maxsize=256)
-def policy_macs(
-    config: PolicyConfig, patch: int, size: tuple[int, int], *, scores: bool = True
-) -> int:
-    """Multiply-adds of the policy on a picture of ``size`` (h, w); its CNN alone if not scored."""
-    with torch.device("meta"):
-        policy = Policy(config, patch).eval()
-        return count_macs(policy if scores else policy.look, torch.empty(1, 3, *size))
-
-
 def embed_macs(embed: nn.Module, extent: int) -> int:
     """Multiply-adds of embedding one window of ``extent`` pixels a side."""
     weight = next(embed.parameters())
     return count_macs(
         embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
     )
-
-
-def count_macs(module: Callable[[Tensor], object], x: Tensor) -> int:
-    """Multiply-adds of a forward pass by torch's counter, which counts two per multiply-add."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(x)
-    return int(counter.get_total_flops()) // 2

@@ -174,10 +174,10 @@ def _segment(
         return []
     images = [picture.scaled for picture in pictures]
     tile = job.tile
-    if tile is None and not fits(model, images):
+    if not fits(model, images):
         if len(pictures) > 1:
             return [done for picture in pictures for done in _segment(model, [picture], job)]
-        tile = WINDOW
+        tile = WINDOW if tile is None else tile
     try:
         dense: Sequence[Result | None] = [None] * len(images)
         if job.compare:

@@ -101,7 +101,9 @@ def _resident(field: str) -> int:
 def available_bytes(device: torch.device) -> int | None:
     """Memory that a batch can still take on ``device``; None where it cannot be told."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of freed tensors is taken by the next ones.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -79,21 +79,21 @@ class Sights:
         _ = self.groups
 
     @torch.no_grad()
-    def context(self) -> Tensor:
-        """Features ``(B, channels, H, W)`` on the largest grid of the batch, 0 outside."""
-        if len(self.groups) == 1:
-            return self.policy.features(self.groups[0][1])
-        height, width = (max(side) for side in zip(*(s.grid for _, s in self.groups), strict=True))
-        fused = self.groups[0][1].fused
-        context = torch.empty(
-            *(len(self.normal), self.policy.channels, height, width),
-            dtype=fused.dtype,
-            device=fused.device,
-            memory_format=torch.channels_last,  # a cell's features side by side
-        ).zero_()
-        for members, sight in self.groups:
-            rows, columns = sight.grid
-            context[members, :, :rows, :columns] = self.policy.features(sight)
+    def context(self) -> dict[superpatches.Grid, Tensor]:
+        """Features ``(n, channels, H, W)`` of the pictures of each grid, in their order."""
+        context = {}
+        for grid in dict.fromkeys(sight.grid for _, sight in self.groups):
+            own = [(members, sight) for members, sight in self.groups if sight.grid == grid]
+            if len(own) == 1:
+                context[grid] = self.policy.features(own[0][1])
+                continue
+            order = sorted(index for members, _ in own for index in members)
+            # Channels last in memory: a cell's features side by side.
+            shape = (len(order), *grid, self.policy.channels)
+            context[grid] = own[0][1].fused.new_empty(shape).movedim(-1, 1)
+            for members, sight in own:
+                places = [order.index(member) for member in members]
+                context[grid][places] = self.policy.features(sight)
         return context
 
 

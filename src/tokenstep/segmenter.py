@@ -176,7 +176,7 @@ class StepSegmenter(
         embedded = live[0] - self.tokenise.prefix_count
         policy_macs = 0
         if policy or self.config.vit.policy_features:
-            policy_macs = cost.policy_macs(self.config.policy, self.patch, size, scores=policy)
+            policy_macs = self.policy.macs(size, scores=policy)
         return Cost(
             policy=policy_macs / cost.GIGA,
             embed=(self._embed_macs + self._context_macs) * embedded / cost.GIGA,

@@ -18,6 +18,7 @@ from tokenstep.config import Settings
 from tokenstep.cost import Cost
 from tokenstep.errors import TokenstepError
 from tokenstep.machine import available_bytes
+from tokenstep.model.attention import pick_backend
 from tokenstep.model.superpatches import grid_of
 from tokenstep.result import Result, TokenUse, first_cells
 from tokenstep.segmenter import StepSegmenter
@@ -26,6 +27,9 @@ WINDOW = 2048  # px, side of the windows of a picture that does not fit in memor
 # What a dense batch holds at its peak, from above (measured: docs/performance.md): floats of each
 # token's features, and bytes of each pixel.
 FEATURES_PER_TOKEN, BYTES_PER_PIXEL = 14, 200
+# The same of each cell of the grid that all pictures of a batch are numbered on, and floats of each
+# row, as wide as a token's features, that the attention back end "padded" fills up with.
+BYTES_PER_CELL, FEATURES_PADDED = 64, 4
 
 
 class Span(NamedTuple):
@@ -76,15 +80,26 @@ def spans(length: int, side: int, unit: int) -> list[Span]:
 def fits(model: StepSegmenter, pictures: Sequence[Tensor]) -> bool:
     """Whether a batch ``(3, h, w)`` fits into the memory that is free, where that is known.
 
-    Pictures within one window are always tried as they are.
+    A single picture within one window is always tried as it is.
     """
-    if all(max(picture.shape) <= WINDOW for picture in pictures):
+    if len(pictures) == 1 and max(pictures[0].shape) <= WINDOW:
         return True
     free = available_bytes(next(model.parameters()).device)
+    return free is None or needed_bytes(model, pictures) < free
+
+
+def needed_bytes(model: StepSegmenter, pictures: Sequence[Tensor]) -> int:
+    """What a dense batch ``(3, h, w)`` holds at its peak, estimated from above."""
+    grids = [grid_of(picture.shape[-2:], model.patch) for picture in pictures]
+    cells = [rows * columns for rows, columns in grids]
+    numbered = len(grids) * max(rows for rows, _ in grids) * max(columns for _, columns in grids)
+    dim = model.encoder.dim
     logits = len(model.config.classes) * model.config.vit.cells**2
-    floats = FEATURES_PER_TOKEN * model.encoder.dim + logits
-    per_pixel = BYTES_PER_PIXEL + 4 * floats / model.patch**2
-    return free is None or per_pixel * sum(picture[0].numel() for picture in pictures) < free
+    floats = (FEATURES_PER_TOKEN * dim + logits) * sum(cells)
+    if pick_backend(model.encoder.settings.backend, next(model.parameters())) == "padded":
+        floats += FEATURES_PADDED * dim * (len(cells) * max(cells) - sum(cells))
+    pixels = sum(cells) * model.patch**2
+    return BYTES_PER_PIXEL * pixels + BYTES_PER_CELL * numbered + 4 * floats
 
 
 @torch.inference_mode()

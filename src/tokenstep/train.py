@@ -51,6 +51,7 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     torch.manual_seed(recipe.trainer.seed)
     try:
         policy = Policy(recipe.policy, recipe.patch)
+        policy.require_growth()
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)

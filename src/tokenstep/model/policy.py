@@ -4,7 +4,9 @@ STEP (arXiv 2509.14165) merges 2x2 to 16x16 patches where a light CNN is sure th
 class; the trunk, pyramid and heads here are ours (CTS, CVPR 2023, used EfficientNet-Lite0).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import timm
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig
+from tokenstep.errors import TokenstepError
+from tokenstep.model.growth import Growth, count_at, growth_of
 from tokenstep.model.superpatches import Grid, grid_of, halved, level_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
@@ -63,13 +67,11 @@ class Policy(nn.Module):
     def look(self, images: Tensor) -> Sight:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
         grid = grid_of(images.shape[2:], self.patch)
-        coarsest = max(self.config.sizes)
-        # Whole superpatches of the coarsest size, so that every map is an exact pooling of one.
-        rows, columns = (-(-side // coarsest) * coarsest for side in grid)
-        read = self.read(images, (rows, columns))
+        whole = self.whole(grid)
+        read = self.read(images, whole)
         # Channels last in memory, as is then all that the CNN makes of it: on a CPU half the time.
         maps = list(self.trunk(read.contiguous(memory_format=torch.channels_last)))
-        return Sight(maps, self.fuse(maps, (rows, columns)), grid, (rows, columns))
+        return Sight(maps, self.fuse(maps, whole), grid, whole)
 
     def score(self, sight: Sight) -> list[Tensor]:
         """Logit maps of :meth:`forward` from what was seen."""
@@ -82,6 +84,50 @@ class Policy(nn.Module):
             score = head(pooled).squeeze(1)
             scores.append(score[:, : grid[0] // size, : grid[1] // size])
         return scores
+
+    def macs(self, size: tuple[int, int], *, scores: bool = True) -> int:
+        """Multiply-adds on a picture of ``size`` (h, w); of :meth:`look` alone if not scored."""
+        rows, columns = self.whole(grid_of(size, self.patch))
+        finest = min(self.config.sizes)
+        smooth = cast(nn.Conv2d, self.smooth[0]).weight.numel()
+        total = self._pyramid_macs(self.strides((rows, columns)))
+        total += smooth * (rows // finest) * (columns // finest)
+        if not scores:
+            return total
+        heads = zip(self.config.sizes, cast(Iterable[nn.Conv2d], self.heads), strict=True)
+        return total + sum(
+            head.weight.numel() * (rows // side) * (columns // side) for side, head in heads
+        )
+
+    def require_growth(self) -> None:
+        """Refuse a trunk whose compute has no formula, before it is trained.
+
+        Raises:
+            TokenstepError: names the trunk.
+        """
+        if self._growth is None:
+            raise TokenstepError(
+                f"policy trunk {self.config.trunk!r}: its compute does not grow with the area of "
+                "its maps: choose a CNN without attention"
+            )
+
+    def _pyramid_macs(self, strides: Grid) -> int:
+        """Multiply-adds of the trunk and of the layers that read its maps."""
+        if self._growth is not None:
+            return self._growth.at(strides)
+        # A trunk with attention, in a model of an earlier version: counted once per size.
+        if strides not in self._counted:
+            pyramid = _Pyramid(self.trunk, self.lateral)
+            self._counted[strides] = count_at(pyramid, STRIDE, strides)
+        return self._counted[strides]
+
+    @cached_property
+    def _growth(self) -> Growth | None:
+        return growth_of(_Pyramid(self.trunk, self.lateral), STRIDE)
+
+    @cached_property
+    def _counted(self) -> dict[Grid, int]:
+        return {}
 
     @property
     def channels(self) -> int:
@@ -98,14 +144,28 @@ class Policy(nn.Module):
         ]
         return torch.cat(maps, dim=1)[:, :, :height, :width]
 
+    def whole(self, grid: Grid) -> Grid:
+        """The grid in whole superpatches of the coarsest size.
+
+        So every map is an exact pooling of one.
+        """
+        coarsest = max(self.config.sizes)
+        rows, columns = (-(-side // coarsest) * coarsest for side in grid)
+        return rows, columns
+
+    def strides(self, whole: Grid) -> tuple[int, int]:
+        """Strides down and across that are read of ``whole`` patches."""
+        scale = self.config.scale
+        down, across = (max(1, round(side * self.patch * scale / STRIDE)) for side in whole)
+        return down, across
+
     def read(self, images: Tensor, whole: Grid) -> Tensor:
         """Pad to ``whole`` patches and scale to the resolution that the policy reads at."""
         height, width = images.shape[2:]
         full = (whole[0] * self.patch, whole[1] * self.patch)
         padding = (0, full[1] - width, 0, full[0] - height)
         padded = F.pad(images, padding, mode="replicate") if any(padding) else images
-        strides = (max(1, round(side * self.config.scale / STRIDE)) for side in full)
-        target = tuple(count * STRIDE for count in strides)
+        target = tuple(count * STRIDE for count in self.strides(whole))
         if target == full:
             return padded
         if all(side % new == 0 for side, new in zip(full, target, strict=True)):
@@ -127,6 +187,21 @@ class Policy(nn.Module):
             fused = level
         assert fused is not None
         return cast(Tensor, self.smooth(_resize(fused, target)))
+
+
+class _Pyramid(nn.Module):
+    """The part of the policy whose maps have the sides of the trunk's."""
+
+    def __init__(self, trunk: nn.Module, lateral: nn.ModuleList) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.lateral = lateral
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [
+            lateral(features)
+            for lateral, features in zip(self.lateral, self.trunk(images), strict=True)
+        ]
 
 
 def build_trunk(config: PolicyConfig) -> nn.Module:

@@ -1,44 +1,12 @@
-"""Position embeddings for any grid, and pooled over superpatches."""
+"""Position embeddings for any grid."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenstep.model.superpatches import Grid, halved
-
-
-@dataclass(frozen=True, slots=True)
-class PooledPositions:
-    """Positions of the superpatches of one side, for all pictures of a batch."""
-
-    maps: tuple[Tensor, ...]  # (1, D, rows, columns) of each distinct grid, in superpatches
-    which: Tensor  # (B,) int64: the map of each picture
-
-    @classmethod
-    def of(cls, maps: Tensor, grids: Sequence[Grid]) -> "PooledPositions":
-        """Those of single patches: ``maps (1, D, H0, W0)`` resampled to each picture's grid."""
-        distinct = list(dict.fromkeys(grids))
-        which = torch.tensor([distinct.index(grid) for grid in grids], device=maps.device)
-        return cls(tuple(resampled(maps, grid) for grid in distinct), which)
-
-    def halved(self) -> "PooledPositions":
-        """Those of superpatches of twice the side."""
-        return PooledPositions(tuple(halved(one) for one in self.maps), self.which)
-
-    def at(self, picture: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Positions ``(n, D)`` of superpatches ``(row, column)``, counted in superpatches."""
-        tables = [one[0].permute(1, 2, 0) for one in self.maps]
-        if len(tables) == 1:
-            return tables[0][row, column]
-        found = tables[0].new_empty(len(row), tables[0].shape[2])
-        for number, table in enumerate(tables):
-            own = self.which[picture] == number
-            found[own] = table[row[own], column[own]]
-        return found
+from tokenstep.model.superpatches import Grid
 
 
 def resampled(maps: Tensor, grid: Grid) -> Tensor:

@@ -5,7 +5,7 @@ the position embedding pooled over the superpatch (as CTS does for 2x2, CVPR 202
 selected superpatches are embedded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,9 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenstep import ragged
-from tokenstep.model.positions import PooledPositions
+from tokenstep.model.positions import resampled
 from tokenstep.model.superpatches import Grid, grid_of, halved, uniform
 from tokenstep.tokens import PackedTokens
+
+Places = tuple[Tensor, Tensor, Tensor]  # picture, row and column of superpatches of one side
 
 BAND_WINDOWS = 128  # windows cut out at a time, 1.5 MiB of 32 x 32 px: all would leave the caches
 
@@ -106,11 +108,15 @@ class Tokeniser(nn.Module):
             )
 
     def forward(
-        self, pictures: Sequence[Tensor], level: Tensor, context: Tensor | None = None
+        self,
+        pictures: Sequence[Tensor],
+        level: Tensor,
+        context: Mapping[Grid, Tensor] | None = None,
     ) -> PackedTokens:
         """Tokens of ``pictures`` (each ``(3, h, w)``, normalised) under ``level (B, H, W)``.
 
-        ``context (B, channels, H, W)`` is what the policy saw, for a model that uses it.
+        ``context`` is what the policy saw, ``(n, channels, H, W)`` of the pictures of each grid
+        in their order, for a model that uses it.
 
         Raises:
             ValueError: ``level`` does not cover just the pictures' cells, or ``context`` is
@@ -124,37 +130,52 @@ class Tokeniser(nn.Module):
                 f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches"
             )
         _, height, width = level.shape
-        levels = [int(found) for found in torch.unique(level).tolist() if found >= 0]
-        maps = self.position_maps()
-        positions = None if maps is None else PooledPositions.of(maps, grids)
-        canvas = bordered(pictures, height * self.patch, width * self.patch, self.edge)
         features, anchors, sizes = [], [], []
-        scaled, seen, reached = canvas, context, 0
-        for rank in levels:
-            side = 1 << rank
-            for _ in range(rank - reached):
-                scaled = self._halved(scaled)
-                seen = None if seen is None else halved(seen)
-                positions = None if positions is None else positions.halved()
-            reached = rank
-            # Aligned squares: the top left cell of each superpatch lies on this stride.
-            picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
-            x = self._embedded(self._windows(scaled), (picture, row, column))
-            if self.sub_patches is not None and rank > 0:
-                where = (picture, row, column)
-                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, where))
-            if self.context is not None and seen is not None:
-                x = x + self.context(seen[picture, :, row, column].to(x.dtype))
-            if positions is not None:
-                x = x + positions.at(picture, row, column)
-            features.append(x)
-            anchors.append((picture * height + row * side) * width + column * side)
-            sizes.append(torch.full_like(picture, side * side))
+        # Pictures of one grid share a canvas. One for all would be as high as the tallest and as
+        # wide as the widest: many times their pixels.
+        for grid in dict.fromkeys(grids):
+            alike = [index for index, other in enumerate(grids) if other == grid]
+            which = torch.tensor(alike, device=level.device)
+            own = level if len(alike) == len(grids) else level[which, : grid[0], : grid[1]]
+            seen = None if context is None else context[grid]
+            for side, x, place in self._by_side([pictures[index] for index in alike], own, seen):
+                picture, row, column = place
+                features.append(x)
+                anchors.append((which[picture] * height + row * side) * width + column * side)
+                sizes.append(torch.full_like(picture, side * side))
         anchor, size = torch.cat(anchors), torch.cat(sizes)
         order = anchor.argsort()
         x = torch.cat(features)
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
         return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
+
+    def _by_side(
+        self, pictures: Sequence[Tensor], level: Tensor, seen: Tensor | None
+    ) -> Iterator[tuple[int, Tensor, Places]]:
+        """Superpatches of pictures of one grid, by side: the side, features ``(n, D)``, places."""
+        _, height, width = level.shape
+        maps = self.position_maps()
+        positions = None if maps is None else resampled(maps, (height, width))
+        canvas = bordered(pictures, height * self.patch, width * self.patch, self.edge)
+        scaled, reached = canvas, 0
+        for rank in torch.unique(level).tolist():
+            side = 1 << rank
+            for _ in range(rank - reached):
+                scaled = self._halved(scaled)
+                seen = None if seen is None else halved(seen)
+                positions = None if positions is None else halved(positions)
+            reached = rank
+            # Aligned squares: the top left cell of each superpatch lies on this stride.
+            picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
+            place = (picture, row, column)
+            x = self._embedded(self._windows(scaled), place)
+            if self.sub_patches is not None and rank > 0:
+                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, place))
+            if self.context is not None and seen is not None:
+                x = x + self.context(seen[picture, :, row, column].to(x.dtype))
+            if positions is not None:
+                x = x + positions[0].permute(1, 2, 0)[row, column]
+            yield side, x, place
 
     def _halved(self, canvas: Tensor) -> Tensor:
         """A canvas of half the size, whose border is as wide as before."""
@@ -162,7 +183,7 @@ class Tokeniser(nn.Module):
         height, width = smaller.shape[2:]
         return bordered(smaller.unbind(), height, width, self.edge // 2) if self.edge else smaller
 
-    def _embedded(self, windows: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _embedded(self, windows: Tensor, where: Places) -> Tensor:
         """Embed the ``windows (B, rows, columns, k, k, 3)`` at ``where``, ``(n, D)``, in bands."""
         bands = zip(*(torch.split(index, BAND_WINDOWS) for index in where), strict=True)
         found = [self.embed(windows[band].movedim(-1, 1)) for band in bands]
@@ -176,9 +197,7 @@ class Tokeniser(nn.Module):
         windows = cut.unfold(1, extent, self.patch).unfold(2, extent, self.patch)
         return windows.movedim(3, -1)
 
-    def _sub_patch_mean(
-        self, canvas: Tensor, side: int, where: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
+    def _sub_patch_mean(self, canvas: Tensor, side: int, where: Places) -> Tensor:
         """Mean embedding of the single patches within each superpatch, ``(n, D)``."""
         picture, row, column = where
         inner = torch.arange(side, device=row.device)
