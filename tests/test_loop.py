@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,51 @@ def test_a_loss_that_is_no_number_ends_the_training(drawn: Path, tmp_path: Path)
     phase = dataclasses.replace(recipe.phases[0], lr=1e30, warmup=0)
     refused(dataclasses.replace(recipe, phases=(phase,)), "not finite at step")
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["all", "the main one"])
+def test_two_processes_told_to_end_say_so_once(drawn: Path, tmp_path: Path, whom: str) -> None:
+    recipe = long_recipe(drawn, tmp_path / "out", workers=1)
+    recipe = dataclasses.replace(
+        recipe, trainer=dataclasses.replace(recipe.trainer, devices=2, save_every=1)
+    )
+    call = [sys.executable, killed.__file__, *command(recipe)]
+    with (tmp_path / "stderr.txt").open("w") as said:
+        process = subprocess.Popen(call, stderr=said, start_new_session=True)
+        while not (tmp_path / "out" / "phase0" / "last.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        if whom == "all":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    lines = (tmp_path / "stderr.txt").read_text().splitlines()
+    assert [line for line in lines if "told to end" in line] == lines[-1:], lines
+    assert not any("Traceback" in line for line in lines), lines
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_two_processes_with_one_line(drawn: Path, tmp_path: Path) -> None:
+    recipe = policy_recipe(drawn, tmp_path / "out", 6)
+    recipe = dataclasses.replace(
+        recipe, trainer=dataclasses.replace(TRAINER, devices=2, save_every=1)
+    )
+    assert run(recipe, die_at=(0, 3)) == -signal.SIGKILL
+    last = tmp_path / "out" / "phase0" / "last.ckpt"
+    before = last.read_bytes()
+    limit = ["bash", "-c", 'ulimit -f "$1"; shift; exec "$@"', "-", str(len(before) // 2048)]
+    call = [*limit, sys.executable, killed.__file__, *command(recipe)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, lines
+    assert str(last) in lines[-1] and not any("Traceback" in line for line in lines), lines
+    assert last.read_bytes() == before
 
 
 def test_two_processes_train_one_policy_and_speak_once(drawn: Path, tmp_path: Path) -> None:

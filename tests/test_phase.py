@@ -45,7 +45,7 @@ def test_labels_fill_whole_patches_and_are_not_stretched(
         held.append(args[3])
         return segmentation_loss(*args)
 
-    monkeypatch.setattr("tokenstep.train.segmentation_loss", loss)
+    monkeypatch.setattr("tokenstep.phase.segmentation_loss", loss)
     recipe = segmenter_recipe(drawn, policy, tmp_path, phase)
     ((_, labels),) = watch(lambda: train_segmenter(recipe, progress=False), monkeypatch)
     for padded in held:
