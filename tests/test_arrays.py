@@ -63,7 +63,7 @@ def test_floats_of_grey_and_alpha_are_what_their_bytes_are(array: np.ndarray) ->
         (RGB.astype(np.float32), "float in 0..1"),
         (RGB.astype(np.int64), "uint8"),
         (np.full((4, 4), np.nan), "0..1"),
-        (np.zeros((4, 4, 7), np.float32), "(h, w, 3)"),
+        (np.zeros((5, 4, 7), np.float32), "(h, w, 3)"),
         (np.zeros((0, 4), np.uint8), "at least 1"),
         (b"\x89PNG", "io.BytesIO"),
         (bytearray(9), "io.BytesIO"),

@@ -11,23 +11,33 @@ from typing import Annotated
 import typer
 
 from tokenstep import __version__, cli_bench, cli_demo, cli_explain, cli_measure, tables
-from tokenstep.errors import TokenstepError
+from tokenstep.errors import PictureWarning, TokenstepError
 from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import (
     Device,
     Exits,
     MaxLoss,
-    MaxSide,
     Merge,
     ModelName,
     Overrides,
+    Side,
     Threads,
     choose,
     load_model,
+    max_side_of,
+    scale_note,
 )
 from tokenstep.pictures import find_pictures, require_writable, write_text
 from tokenstep.recipes import PolicyRecipe, SegmenterRecipe, read_recipe
-from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
+from tokenstep.scaling import side_for
+from tokenstep.terminal import (
+    as_json,
+    complain,
+    console,
+    one_line_a_warning,
+    progress_bar,
+    require_extra,
+)
 from tokenstep.tiles import require_side
 
 app = typer.Typer(
@@ -51,6 +61,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # A damaged picture gets its one line from us, or is read all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("default", category=PictureWarning)
+    one_line_a_warning(PictureWarning)
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     try:
         app()
@@ -79,7 +91,7 @@ def segment(
         bool, typer.Option("--compare", help="Run the dense model too and report its time.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch; sizes may differ.")] = 1,
-    max_side: MaxSide = None,
+    max_side: Side = None,
     tile: Annotated[
         int | None,
         typer.Option(
@@ -98,6 +110,7 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
+    wanted = max_side_of(max_side, tile=tile)
     paths, entries = _find(pictures)
     network = load_model(model, device, threads)
     settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
@@ -106,7 +119,8 @@ def segment(
     require_writable(out)
     for entry in entries:
         complain(entry["error"])
-    job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare, tile=tile)
+    side = side_for(wanted, network.config.long_side)
+    job = SegmentJob(out, settings, batch=batch, max_side=side, compare=compare, tile=tile)
     with progress_bar() as progress:
         for entry in progress.track(
             segment_files(network, paths, job), total=len(paths), description="segment"
@@ -114,7 +128,8 @@ def segment(
             entries.append(entry)
             if "error" in entry:
                 complain(entry["error"])
-    report = {"settings": asdict(settings), "point": point and asdict(point), "images": entries}
+    ran = {"settings": asdict(settings), "point": point and asdict(point), "max_side": side}
+    report = {**ran, "images": entries}
     write_text(out / "report.json", as_json(report) + "\n")
     done = [entry for entry in entries if "error" not in entry]
     if done:
@@ -122,6 +137,9 @@ def segment(
         for entry in done:
             if entry["windows"] > 1:
                 print(f"{entry['file']}: in {entry['windows']} overlapping windows")
+        scaled = sum("scaled_to" in entry for entry in done)
+        if scaled and side is not None:
+            print(scale_note(scaled, side, max_side))
         if point is not None:
             print(tables.promise(point))
         print(f"results in {out}")

@@ -91,19 +91,9 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     Transparency is laid over white; 16 bits are scaled to 8, by the range that the file's tags
     state; of an animation the first frame is taken, of a TIFF the first page that is no thumbnail.
     Raises `TokenstepError` if the file cannot be read whole, or has more than `max_pixels` (told
-    from the header, before any pixel is decoded); warns by `PictureWarning` of a picture that is
-    nearly black since its range is not known.
+    from the header, before any pixel is decoded). Warns by `PictureWarning` of a picture that is
+    nearly black since its range is not known; `info["warnings"]` of the picture keeps the line.
     """
-    picture, notes = read_noted(path, max_pixels=max_pixels)
-    for note in notes:
-        warnings.warn(note, PictureWarning, stacklevel=2)
-    return picture
-
-
-def read_noted(
-    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
-) -> tuple[Image.Image, list[str]]:
-    """`read_picture` that returns its warnings, each of which names the file in one line."""
     path, notes, lower = Path(path), list[str](), None
     with _opened(path, max_pixels) as image:
         of = stored(image)
@@ -114,7 +104,10 @@ def read_noted(
                     _load(again, max_pixels)
                     lower = again
         picture = upright_rgb(image, of, notes, lower=lower)
-    return picture, [f"{path}: {note}" for note in notes]
+    for note in notes:
+        picture.info["warnings"] = [f"{path}: {note}"]
+        warnings.warn(f"{path}: {note}", PictureWarning, stacklevel=2)
+    return picture
 
 
 def picture_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

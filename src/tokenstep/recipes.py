@@ -150,6 +150,9 @@ class SegmenterRecipe:
 
     ``policy_weights`` is the folder that ``train policy`` wrote. ``class_balance`` is the power of
     the class weights (0: none), ``exit_weight`` the weight of all exits' losses together.
+    ``scale_by`` "side" is for scenes: the model remembers the median long side of its pictures, and
+    larger ones of its users are scaled down to that; "pixel" is for maps, where a pixel is a length
+    on the ground: pictures stay as they are.
     """
 
     data: DataConfig
@@ -160,6 +163,7 @@ class SegmenterRecipe:
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5
+    scale_by: Literal["side", "pixel"] = "pixel"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
@@ -230,7 +234,7 @@ def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _essence(recipe: dict[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in recipe.items() if key != "out"}
+    rest = {key: value for key, value in recipe.items() if key not in ("out", "scale_by")}
     for table, names in ASIDE.items():
         rest[table] = {k: v for k, v in recipe.get(table, {}).items() if k not in names}
     return rest
