@@ -51,6 +51,19 @@ def test_saved_is_loaded(model: StepSegmenter, saved: Path) -> None:
         assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("device", ["cpu", "auto", torch.device("cpu")])
+def test_loaded_onto_a_device(saved: Path, device: str | torch.device) -> None:
+    wanted = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
+    assert {one.device.type for one in load(saved, device=device).parameters()} == {wanted}
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0", "cuda:99", "gpu", torch.device("meta")])
+def test_a_device_that_is_none_of_ours_is_named(saved: Path, device: str | torch.device) -> None:
+    with pytest.raises(TokenstepError, match=f"device {device}: .*cpu") as caught:
+        load(saved, device=device)
+    assert "\n" not in str(caught.value)
+
+
 def test_only_safetensors_and_json_are_written(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
     assert names == {"model.safetensors", "config.json", "README.md"}
