@@ -16,8 +16,8 @@ from tokenstep import segmenter as segmenter_module
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
-from tokenstep.infer import scaled_down
 from tokenstep.pictures import read_picture, to_tensor
+from tokenstep.scaling import scaled_down
 from tokenstep.segmenter import StepSegmenter
 
 STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
