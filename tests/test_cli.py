@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,23 @@ def test_one_damaged_picture_is_one(call: Call, tmp_path: Path, saved: Path) -> 
     assert f"tokenstep: {entry['error']}\n" == err
 
 
+@pytest.mark.parametrize("command", ["segment", "evaluate"])
+def test_a_picture_of_unknown_range_is_warned_of_in_one_line(
+    call: Call, tmp_path: Path, saved: Path, data: Path, command: str
+) -> None:
+    path = data / "test" / "images" / "p0.png"
+    dark = pattern(40, 56)[..., 0].astype(np.uint16) * 16
+    Image.fromarray(dark).save(path)
+    given = ("--data", data) if command == "evaluate" else (path, "--out", tmp_path / "out")
+    code, _, err = call(command, *given, "--model", saved)
+    assert code == 0, "it is read all the same"
+    (line,) = err.splitlines()
+    assert line.startswith(f"tokenstep: {path}: ") and f"0 to {dark.max()} of 65535" in line
+    if command == "segment":
+        (entry,) = report_in(tmp_path / "out")
+        assert [f"tokenstep: {warning}" for warning in entry["warnings"]] == [line]
+
+
 def test_a_missing_file_among_good_ones(
     call: Call, tmp_path: Path, saved: Path, photo: Path
 ) -> None:
@@ -302,6 +320,7 @@ def test_thresholds_change_what_is_spent(
         (["--device", "abacus"], "--device abacus cpu"),
         (["--device", "cuda:99"], "--device cuda:99 cpu"),
         (["--device", "meta"], "--device meta cpu"),
+        (["--device", "mps"], "--device mps CUDA cpu"),
     ],
 )
 def test_wrong_options(
@@ -450,6 +469,15 @@ def test_data_without_any_label_has_no_score(
 
 
 # --- the rest ---------------------------------------------------------------------------------
+
+
+def test_the_package_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tokenstep", "--version"])
+    with pytest.raises(SystemExit) as caught, warnings.catch_warnings():
+        runpy.run_module("tokenstep", run_name="__main__")
+    assert not caught.value.code and capsys.readouterr().out == f"{__version__}\n"
 
 
 def test_version_and_help(call: Call) -> None:

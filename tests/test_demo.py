@@ -120,13 +120,18 @@ def test_large_pictures_are_scaled_down_and_small_ones_left(
     model: StepSegmenter, photo: Path, out: Path, tmp_path: Path
 ) -> None:
     Image.fromarray(pattern(120, 300)).save(tmp_path / "wide.png")
-    for path, size in ((tmp_path / "wide.png", (100, 40)), (photo, (90, 60))):
+    for path, size, seen in (
+        (tmp_path / "wide.png", (300, 120), [100, 40]),
+        (photo, (90, 60), None),
+    ):
         folder = out / path.stem
         folder.mkdir()
         shown = show(Demo({"own": model}, 100), path, name="own", max_loss=0, out=folder)
         with Image.open(shown.downloads[0]) as labels:
             assert labels.size == size
-    assert report_of(shown.downloads)["uploaded_size"] == [90, 60]
+        report = report_of(shown.downloads)
+        assert report["uploaded_size"] == list(size) and report["max_side"] == 100
+        assert report["step"].get("scaled_to") == seen
 
 
 def test_bad_uploads_are_one_line_without_our_folders(

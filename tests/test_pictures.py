@@ -322,9 +322,9 @@ def test_arrays_and_tensors_come_back_as_they_are() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        np.zeros((4, 4), np.uint8),
-        np.zeros((3, 4, 4), np.uint8),
-        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.int64),
+        np.zeros((3, 5, 6), np.uint8),
+        np.full((4, 4, 3), 2, np.float32),
         np.zeros((0, 4, 3), np.uint8),
         torch.zeros(4, 4, dtype=torch.uint8),
         torch.zeros(4, 4, 3, dtype=torch.uint8),

@@ -16,8 +16,8 @@ from tokenstep import segmenter as segmenter_module
 from tokenstep.config import DENSE, Settings
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
-from tokenstep.infer import scaled_down
 from tokenstep.pictures import read_picture, to_tensor
+from tokenstep.scaling import scaled_down
 from tokenstep.segmenter import StepSegmenter
 
 STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
@@ -49,6 +49,19 @@ def test_saved_is_loaded(model: StepSegmenter, saved: Path) -> None:
         assert loaded.config == model.config
         assert not loaded.training
         assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", torch.device("cpu")])
+def test_loaded_onto_a_device(saved: Path, device: str | torch.device) -> None:
+    wanted = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
+    assert {one.device.type for one in load(saved, device=device).parameters()} == {wanted}
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0", "cuda:99", "gpu", torch.device("meta")])
+def test_a_device_that_is_none_of_ours_is_named(saved: Path, device: str | torch.device) -> None:
+    with pytest.raises(TokenstepError, match=f"device {device}: .*cpu") as caught:
+        load(saved, device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_safetensors_and_json_are_written(saved: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -52,6 +53,21 @@ def test_a_trained_segmenter_is_right_and_merges(drawn: Path, policy: Path, tmp_
     assert gmac["reduced"]["total"] < gmac["dense"]["total"], "the policy costs what it saves"
     assert 0 < report["reduced"]["halted_share"] < 1
     assert json.loads((tmp_path / "recipe.json").read_text())["vit"]["patch"] == 8
+
+
+@pytest.mark.parametrize(("scale_by", "side"), [("side", 64), ("pixel", None)])
+def test_a_model_of_scenes_remembers_the_scale_of_its_pictures(
+    drawn: Path, policy: Path, tmp_path: Path, scale_by: Literal["side", "pixel"], side: int | None
+) -> None:
+    phase = Phase(steps=1, batch=2, crop=(32, 32))
+    recipe = segmenter_recipe(drawn, policy, tmp_path, phase)
+    recipe = dataclasses.replace(recipe, scale_by=scale_by)
+    train_segmenter(recipe, progress=False)
+    assert load(tmp_path).config.long_side == side
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    assert written.pop("scale_by") == scale_by
+    (tmp_path / "recipe.json").write_text(json.dumps(written))  # as an earlier version wrote it
+    train_segmenter(recipe, progress=False)  # is not refused as another recipe
 
 
 def test_a_policy_that_is_no_number_has_no_report(drawn: Path) -> None:

@@ -11,20 +11,29 @@ from typing import Annotated, Any
 import typer
 
 from tokenstep import __version__, cli_bench, cli_data, cli_demo, cli_explain, cli_measure, tables
-from tokenstep.errors import Terminated, TokenstepError
+from tokenstep.errors import PictureWarning, Terminated, TokenstepError
 from tokenstep.options import (
     Device,
     Exits,
     MaxLoss,
-    MaxSide,
     Merge,
     ModelName,
     Overrides,
+    Side,
     Threads,
     choose,
     load_model,
+    max_side_of,
+    scale_note,
 )
-from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
+from tokenstep.terminal import (
+    as_json,
+    complain,
+    console,
+    one_line_a_warning,
+    progress_bar,
+    require_extra,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +57,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # A damaged picture gets its one line from us, or is read all the same.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("default", category=PictureWarning)
+    one_line_a_warning(PictureWarning)
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     signal.signal(signal.SIGTERM, _end)
     try:
@@ -84,7 +95,7 @@ def segment(
         bool, typer.Option("--compare", help="Run the dense model too and report its time.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch; sizes may differ.")] = 1,
-    max_side: MaxSide = None,
+    max_side: Side = None,
     tile: Annotated[
         int | None,
         typer.Option(
@@ -106,8 +117,10 @@ def segment(
     from tokenstep.infer import SegmentJob, segment_files
     from tokenstep.pictures import require_writable
     from tokenstep.reports import ReportFile, classes_of, header
+    from tokenstep.scaling import side_for
     from tokenstep.tiles import require_side
 
+    wanted = max_side_of(max_side, tile=tile)
     paths, entries = _find(pictures)
     network = load_model(model, device, threads)
     settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
@@ -116,8 +129,9 @@ def segment(
     require_writable(out)
     for entry in entries:
         complain(entry["error"])
-    job = SegmentJob(out, settings, batch=batch, max_side=max_side, compare=compare, tile=tile)
-    head = header(model, network.config, settings, point)
+    side = side_for(wanted, network.config.long_side)
+    job = SegmentJob(out, settings, batch=batch, max_side=side, compare=compare, tile=tile)
+    head = {**header(model, network.config, settings, point), "max_side": side}
     head["classes"] = classes_of(network.config)
     with progress_bar() as progress, ReportFile(out / "report.json", head, entries) as report:
         for entry in progress.track(
@@ -132,6 +146,9 @@ def segment(
         for entry in done:
             if entry["windows"] > 1:
                 print(f"{entry['file']}: in {entry['windows']} overlapping windows")
+        scaled = sum("scaled_to" in entry for entry in done)
+        if scaled and side is not None:
+            print(scale_note(scaled, side, max_side))
         print(tables.spent(done))
         if point is not None:
             print(tables.promise(point))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tokenstep.errors import TokenstepError
-from tokenstep.options import Device, ModelName, Threads, load_model
+from tokenstep.options import Device, ModelName, Side, Threads, load_model, max_side_of
 from tokenstep.terminal import complain, require_extra
 
 app = typer.Typer()
@@ -20,9 +20,7 @@ def demo_command(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")
     ] = 7860,
-    max_side: Annotated[
-        int, typer.Option(min=1, help="Scale larger pictures down to this long side.")
-    ] = 480,
+    max_side: Side = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -34,6 +32,7 @@ def demo_command(
     from tokenstep.demo import Demo, warm_up
     from tokenstep.hub import shipped_models
 
+    side = max_side_of(max_side)
     with _listen(host, port) as listening:
         names = dict.fromkeys([model, *shipped_models()])
         models = {name: load_model(name, device, threads) for name in names}
@@ -42,7 +41,7 @@ def demo_command(
         from tokenstep.page import serve
 
         print(f"tokenstep demo: {_address(listening)} (Ctrl-C ends it)", flush=True)
-        serve(Demo(models, max_side), model, listening)
+        serve(Demo(models, side), model, listening)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,13 +14,15 @@ from tokenstep.options import (
     Device,
     Exits,
     MaxLoss,
-    MaxSide,
     Merge,
     ModelName,
     Names,
+    Side,
     Threads,
     choose,
     load_model,
+    max_side_of,
+    scale_note,
 )
 from tokenstep.terminal import as_json, complain, progress_bar, require_extra
 
@@ -46,7 +48,7 @@ def explain_command(
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="train, val or test; with --data.")] = "test",
     names: Names = None,
-    max_side: MaxSide = None,
+    max_side: Side = None,
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
@@ -62,6 +64,7 @@ def explain_command(
     from tokenstep.explain.report import page
     from tokenstep.pictures import require_writable
     from tokenstep.reports import header
+    from tokenstep.scaling import side_for
 
     if (data is None) == (not pictures):
         raise TokenstepError("explain: give pictures, or --data with a labelled folder")
@@ -69,6 +72,7 @@ def explain_command(
         raise TokenstepError("--names: picks from --data; name the pictures themselves instead")
     if data is not None and max_side is not None:
         raise TokenstepError("--max-side: labels have their pictures' size; leave it out")
+    wanted = max_side_of(max_side)
     require_writable(out)
     folder = None if data is None else LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
@@ -76,7 +80,9 @@ def explain_command(
     of = header(model, network.config, settings, point)
     title = f"Where the tokens of {model} go"
     if folder is None:
-        report, sections = _explain_pictures(network, pictures or [], settings, max_side)
+        side = side_for(wanted, network.config.long_side)
+        of["max_side"] = side
+        report, sections = _explain_pictures(network, pictures or [], settings, side)
     else:
         of |= {"data": folder.root.resolve().name, "split": folder.title}
         title += f" on {of['data']}, {folder.title}"
@@ -85,7 +91,13 @@ def explain_command(
         complain(fault["error"])
     if not sections:
         raise typer.Exit(2)
-    text = page(title, _intro(settings, point), sections)
+    intro = _intro(settings, point)
+    scaled = sum("scaled_from" in one for one in report.get("pictures", ()) if folder is None)
+    if scaled:
+        note = scale_note(scaled, of["max_side"], max_side)
+        intro += f" {note[0].upper()}{note[1:]}."
+        print(note)
+    text = page(title, intro, sections)
     _write(out, {**of, **report}, sections, text)
     print(f"report in {out / 'report.html'}")
     if report["faults"]:
@@ -98,8 +110,9 @@ def _explain_pictures(
     """Explain each picture that can be read and segmented."""
     from tokenstep.explain.sections import picture_sections
     from tokenstep.explain.views import explain_picture, look
-    from tokenstep.infer import missing, output_names, scaled_down
+    from tokenstep.infer import missing, output_names
     from tokenstep.pictures import find_pictures, read_picture, to_tensor
+    from tokenstep.scaling import scaled_down
     from tokenstep.tiles import fits
 
     paths, none = find_pictures(named)
@@ -110,7 +123,8 @@ def _explain_pictures(
         todo = list(zip(paths, output_names(paths), strict=True))
         for path, name in progress.track(todo, description="explain"):
             try:
-                image = to_tensor(scaled_down(read_picture(path), max_side))
+                whole = read_picture(path)
+                image = to_tensor(scaled_down(whole, max_side))
                 if not fits(network, [image]):
                     raise TokenstepError(f"{path}: does not fit in memory; give a --max-side")
                 view = look(network, image, settings)
@@ -121,6 +135,8 @@ def _explain_pictures(
                 continue
             numbers = explain_picture(view)
             entries.append({"file": str(path), "name": name, **numbers})
+            if image.shape[1:] != (whole.height, whole.width):
+                entries[-1]["scaled_from"] = [whole.width, whole.height]
             sections += picture_sections(name, view, numbers)
     return {"pictures": entries, "faults": faults}, sections
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -121,7 +122,9 @@ class ModelConfig:
     Pictures are normalised by ``mean`` and ``std`` after scaling to 0..1. ``settings`` are what
     the model runs at unless it is told otherwise; ``points`` are what calibration measured, cheap
     to dear, and ``temperatures`` (one per exit, or none) what it divides the exits' logits by
-    before their confidence is taken.
+    before their confidence is taken. ``long_side`` is the scale that it was trained at, in pixels:
+    larger pictures of a user are scaled down to it unless told otherwise. None: a pixel has a
+    meaning of its own, as a length on a map, or the scale is not known.
     """
 
     classes: tuple[str, ...]
@@ -133,9 +136,12 @@ class ModelConfig:
     temperatures: tuple[float, ...] = ()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    long_side: int | None = None
 
     def __post_init__(self) -> None:
         require_classes(self.classes, self.palette)
+        side = self.long_side
+        require(side is None or side >= 1, "long_side", "1 or more pixels", side)
         wanted = (0, len(self.vit.exits))
         if len(self.temperatures) not in wanted or min(self.temperatures, default=1) <= 0:
             raise TokenstepError(
@@ -151,10 +157,11 @@ class ModelConfig:
         0 always means dense, even where a reduced point happened to measure better.
 
         Raises:
-            TokenstepError: the model was not calibrated, or ``max_loss`` is negative.
+            TokenstepError: the model was not calibrated, or ``max_loss`` is negative or no number.
         """
-        if not max_loss >= 0:
-            raise TokenstepError(f"max_loss is {max_loss}: give 0 or more points of mIoU")
+        number = isinstance(max_loss, Real) and not isinstance(max_loss, bool)
+        if not (number and max_loss >= 0):
+            raise TokenstepError(f"max_loss is {max_loss!r}: give 0 or more points of mIoU, as 0.5")
         if max_loss == 0:
             return None
         if not self.points:

@@ -23,7 +23,7 @@ from tokenstep.checks import require_classes
 from tokenstep.errors import TokenstepError
 from tokenstep.labels import IGNORE as IGNORE
 from tokenstep.labels import instead, outside, read_indices
-from tokenstep.pictures import is_picture, read_picture, to_tensor
+from tokenstep.pictures import is_picture, picture_size, read_picture, to_tensor
 
 # Okabe and Ito's colours: told apart with any common colour blindness.
 _FIRST_COLOURS = (
@@ -162,6 +162,11 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
         thin.labels = [self.labels[index] for index in kept]
         thin._cache = None if self._cache is None else {}
         return thin
+
+    def median_long_side(self) -> int:
+        """The median long side in pixels of at most 1000 pictures, as their labels' headers say."""
+        sizes = [picture_size(path) for path in self.thinned(1000).labels]
+        return round(float(np.median([max(size) for size in sizes])))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All items in order."""

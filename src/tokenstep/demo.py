@@ -1,6 +1,7 @@
 """What `tokenstep demo` shows of one picture: files, figures and promises, but not the page."""
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import torch
 from PIL import Image
 
 from tokenstep import tables
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE
 from tokenstep.errors import TokenstepError
 from tokenstep.infer import Report, SegmentJob, segment_files
 from tokenstep.options import choose
-from tokenstep.pictures import read_picture, write_text, write_whole
+from tokenstep.pictures import picture_size, write_text
 from tokenstep.reports import classes_of, header
+from tokenstep.scaling import MaxSide, side_for
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.terminal import as_json
 
@@ -27,10 +29,17 @@ MAX_PIXELS = 50_000_000  # of a picture: what a camera takes, and a second or tw
 
 @dataclass(frozen=True)
 class Demo:
-    """The models to choose from, by name, and the long side that larger pictures are scaled to."""
+    """The models to choose from, by name, and what larger pictures are scaled down to.
+
+    "auto" is each model's own scale, None takes them as they are.
+    """
 
     models: Mapping[str, StepSegmenter]
-    max_side: int
+    max_side: MaxSide = "auto"
+
+    def side(self, name: str) -> int | None:
+        """The long side that larger pictures are scaled down to for a model, if they are."""
+        return side_for(self.max_side, self.models[name].config.long_side)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def promise(model: StepSegmenter, max_loss: float) -> str:
 def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> Shown:
     """Segment a picture by the model ``name`` as the knob says, and dense; write all to ``out``.
 
-    The picture is scaled down to the demo's ``max_side`` first, and its results have that size.
+    The picture is scaled down first and its label map back, as by ``tokenstep segment``.
 
     Raises:
         TokenstepError: the file is no picture or too large, the model was not calibrated, or the
@@ -83,28 +92,32 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
     """
     model = demo.models[name]
     settings, point = choose(model, max_loss=max_loss)
-    picture = out / f"{upload.stem}.png"
-    width, height = _scale_down(upload, picture, demo.max_side)
-    # STEP goes first: what a first call at this size costs is then on our side of the comparison.
-    step = _segment(model, picture, settings, out / "step")
-    if settings == DENSE:
-        dense = step
-        shutil.copytree(out / "step", out / "dense")
-    else:
-        dense = _segment(model, picture, DENSE, out / "dense")
+    side = demo.side(name)
+    try:
+        picture_size(upload, max_pixels=MAX_PIXELS)
+        # STEP goes first: what a first call at this size costs is on our side of the comparison.
+        step = _segment(model, upload, SegmentJob(out / "step", settings, max_side=side))
+        if settings == DENSE:
+            dense = step
+            shutil.copytree(out / "step", out / "dense")
+        else:
+            dense = _segment(model, upload, SegmentJob(out / "dense", DENSE, max_side=side))
+    except TokenstepError as fault:
+        raise TokenstepError(_without_folders(str(fault), out, upload.parent)) from fault
     labels, overlay, tokens = (
         out / "step" / f"{step['name']}.{kind}"
         for kind in ("labels.png", "overlay.jpg", "tokens.jpg")
     )
     report = {
         "file": upload.name,
-        "uploaded_size": [width, height],
+        "uploaded_size": [step["width"], step["height"]],
         **header(name, model.config, settings, point),
         "classes": classes_of(model.config),
         "max_loss": max_loss,
+        "max_side": side,
         "machine": machine_of(model),
-        "step": _without_paths(step),
-        "dense": _without_paths(dense),
+        "step": _without_paths(step, upload.parent),
+        "dense": _without_paths(dense, upload.parent),
         "same_pixels": _same_pixels(labels, out / "dense" / labels.name),
     }
     write_text(out / "step" / "report.json", as_json(report) + "\n")
@@ -140,35 +153,34 @@ def figures(report: Mapping[str, Any]) -> str:
     halted = sum(step["tokens"]["halted"].values())
     rows.append(f"| tokens that halted early | {halted:,} | 0 | |")
     rows.append(f"| pixels of the same class as dense | {report['same_pixels']:.1%} | | |")
-    return "\n".join(["| | STEP | dense | dense / STEP |", "|:--|--:|--:|--:|", *rows])
+    table = ["| | STEP | dense | dense / STEP |", "|:--|--:|--:|--:|", *rows]
+    if "scaled_to" in step:
+        size = "{} x {}".format(*step["scaled_to"])
+        table += ["", f"The models saw the picture scaled down to {size} px."]
+    if "warnings" in step:
+        table += ["", "The picture may look otherwise than it was meant: see the report."]
+    return "\n".join(table)
 
 
-def _scale_down(upload: Path, picture: Path, max_side: int) -> tuple[int, int]:
-    """Write the upload as a PNG of ``max_side`` at most; its own size (w, h)."""
-    try:
-        image = read_picture(upload, max_pixels=MAX_PIXELS)
-    except TokenstepError as fault:
-        raise TokenstepError(_named(str(fault), upload)) from fault
-    size = image.size
-    image.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
-    write_whole(picture, image.save)
-    return size
-
-
-def _segment(model: StepSegmenter, picture: Path, settings: Settings, out: Path) -> Report:
-    (entry,) = segment_files(model, [picture], SegmentJob(out, settings))
+def _segment(model: StepSegmenter, picture: Path, job: SegmentJob) -> Report:
+    (entry,) = segment_files(model, [picture], job)
     if "error" in entry:
-        raise TokenstepError(_named(entry["error"], picture))
+        raise TokenstepError(entry["error"])
     return entry
 
 
-def _named(message: str, path: Path) -> str:
-    """A message that names the file as users know it, not where it lies on this machine."""
-    return message.replace(str(path), path.name)
+def _without_folders(message: str, *folders: Path) -> str:
+    """A message that names files as users know them, not where they lie on this machine."""
+    for folder in folders:
+        message = message.replace(f"{folder}{os.sep}", "")
+    return message
 
 
-def _without_paths(entry: Report) -> Report:
-    return {key: value for key, value in entry.items() if key not in ("file", "name")}
+def _without_paths(entry: Report, folder: Path) -> Report:
+    rest = {key: value for key, value in entry.items() if key not in ("file", "name")}
+    if "warnings" in rest:
+        rest["warnings"] = [_without_folders(note, folder) for note in rest["warnings"]]
+    return rest
 
 
 def _same_pixels(one: Path, other: Path) -> float:

@@ -1,8 +1,12 @@
-"""The faults and ends that a user is meant to read: each one line."""
+"""The faults, warnings and ends that a user is meant to read: each one line."""
 
 
 class TokenstepError(Exception):
     """A fault of the call or of a file: one line that names it and the remedy."""
+
+
+class PictureWarning(UserWarning):
+    """A picture was read, but perhaps not as meant: one line that names it and the remedy."""
 
 
 class Terminated(SystemExit):

@@ -10,7 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,6 +19,7 @@ from tokenstep.draw import overlay, palette_image, token_map
 from tokenstep.errors import TokenstepError
 from tokenstep.pictures import read_picture, to_tensor, write_whole
 from tokenstep.result import Result
+from tokenstep.scaling import scaled_down
 from tokenstep.segmenter import StepSegmenter
 from tokenstep.tiles import WINDOW, fits, segment_tiled
 
@@ -66,9 +66,10 @@ def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) 
     """Segment files and write ``NAME.labels.png``, ``NAME.overlay.jpg`` and ``NAME.tokens.jpg``.
 
     Yields one entry per picture in the order of ``paths``, whose ``name`` is the NAME of its
-    files. A picture that cannot be read, segmented or written has an ``error`` that names it, and
-    the others go on. All files of a picture are written or none, and none without an entry that
-    is yielded. However many there are, some four batches are in memory at a time.
+    files, and whose ``warnings``, if any, are what reading the picture warned of. A picture that
+    cannot be read, segmented or written has an ``error`` that names it, and the others go on. All
+    files of a picture are written or none, and none without an entry that is yielded. However many
+    there are, some four batches are in memory at a time.
     """
     waiting: deque[Report | Future[Report]] = deque()
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
@@ -217,15 +218,6 @@ def _failed(path: Path, name: str, reason: str) -> Report:
     return {"file": str(path), "name": name, "error": error}
 
 
-def scaled_down(image: Image.Image, max_side: int | None) -> Image.Image:
-    """The picture, scaled down if its long side is over ``max_side``."""
-    if max_side is None or max(image.size) <= max_side:
-        return image
-    factor = max_side / max(image.size)
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
 def _finished(entry: Report | Future[Report]) -> Report:
     return entry if isinstance(entry, dict) else entry.result()
 
@@ -247,19 +239,19 @@ def _write(done: _Segmented, out: Path) -> Report:
     """Write the three pictures of a result; returns the entry of the report."""
     start = perf_counter()
     path, name, image = done.picture.path, done.picture.name, done.picture.image
+    result = done.result.enlarged(*image.size)
     try:
-        _write_pictures(done.result, image, out, name)
+        _write_pictures(result, image, out, name)
     except TokenstepError as error:
         _remove(out, name)
         return _failed(path, name, str(error))
-    report = done.result.report()
-    stages = {"read": done.picture.milliseconds, **done.result.milliseconds}
+    report = result.report()
+    stages = {"read": done.picture.milliseconds, **result.milliseconds}
     report["milliseconds"] = _rounded({**stages, "write": (perf_counter() - start) * 1000})
-    report["scale"] = None  # of the sides, where the model saw a smaller picture
-    if (report["width"], report["height"]) != image.size:
-        report["scale"] = round(max(report["width"], report["height"]) / max(image.size), 5)
-        report["scaled_to"] = [report["width"], report["height"]]
-        report["width"], report["height"] = image.size
+    seen = result.scaled_to  # where the model saw a smaller picture; the scale is of the sides
+    report["scale"] = None if seen is None else round(max(seen) / max(image.size), 5)
+    if "warnings" in image.info:
+        report["warnings"] = image.info["warnings"]
     if done.dense is not None:
         report["dense"] = {
             "milliseconds": _rounded(done.dense.milliseconds),
@@ -274,18 +266,15 @@ def _rounded(milliseconds: dict[str, float]) -> dict[str, float]:
 
 def _write_pictures(result: Result, image: Image.Image, out: Path, name: str) -> None:
     """Write label map, overlay and token map of a picture, which may have been scaled down."""
-    height, width = result.labels.shape
     labels = palette_image(result.labels, result.palette)
     tokens = token_map(
-        image if image.size == (width, height) else image.resize((width, height)),
+        image if result.scaled_to is None else image.resize(result.scaled_to),
         level=result.tokens.level,
         layer=result.tokens.layer,
         patch=result.patch,
         depth=result.tokens.depth,
     )
-    if labels.size != image.size:
-        labels = labels.resize(image.size, Image.Resampling.NEAREST)
-    classes = overlay(image, np.asarray(labels), names=result.class_names, palette=result.palette)
+    classes = overlay(image, result.labels, names=result.class_names, palette=result.palette)
     write_whole(out / f"{name}.labels.png", lambda path: labels.save(path, optimize=False))
     write_whole(out / f"{name}.overlay.jpg", lambda path: classes.save(path, quality=90))
     write_whole(out / f"{name}.tokens.jpg", lambda path: tokens.save(path, quality=90))

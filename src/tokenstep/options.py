@@ -10,6 +10,7 @@ from tokenstep.config import DENSE, OperatingPoint, Settings
 from tokenstep.errors import TokenstepError
 
 if TYPE_CHECKING:
+    from tokenstep.scaling import MaxSide
     from tokenstep.segmenter import StepSegmenter
 
 Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
@@ -39,26 +40,54 @@ MaxLoss = Annotated[
     ),
 ]
 
-MaxSide = Annotated[
-    int | None, typer.Option(min=1, help="Scale larger pictures down to this long side.")
+Side = Annotated[
+    str | None,
+    typer.Option(
+        "--max-side",
+        metavar="PIXELS|none",
+        help="Scale larger pictures down to this long side first; none: never. [the scale that the "
+        "model was trained at, if it has one]",
+    ),
 ]
+
+
+def max_side_of(given: str | None, *, tile: int | None = None) -> "MaxSide":
+    """What ``--max-side`` asks for, beside a ``--tile`` that is for pictures as they are.
+
+    Raises:
+        TokenstepError: the option is neither a number of pixels nor none.
+    """
+    if given is None:
+        return "auto" if tile is None else None
+    if given.lower() == "none":
+        return None
+    if not (given.isdecimal() and int(given) >= 1):
+        raise TokenstepError(f"--max-side {given}: give 1 or more pixels, or none")
+    return int(given)
+
+
+def scale_note(count: int, side: int, given: str | None) -> str:
+    """That ``count`` pictures were scaled down to ``side``, and how to have it otherwise."""
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    text = f"{pictures} scaled down to a long side of {side} px"
+    if given is not None:
+        return text
+    return f"{text}, the scale that the model was trained at (--max-side none: as they are)"
 
 
 def load_model(name: str, device: str, threads: int | None) -> "StepSegmenter":
     """Load a model onto a device."""
     import torch
 
-    from tokenstep.hub import load
+    from tokenstep.hub import device_of, load
 
     if threads is not None:
         torch.set_num_threads(threads)
-    cards = range(torch.cuda.device_count())
-    known = ["cpu", *(["cuda"] if cards else []), *(f"cuda:{number}" for number in cards)]
-    if device == "auto":
-        device = "cuda" if cards else "cpu"
-    if device not in known:
-        raise TokenstepError(f"--device {device}: choose from auto, {', '.join(known)}")
-    return load(name).to(device)
+    try:
+        device = device_of(device)
+    except TokenstepError as fault:
+        raise TokenstepError(f"--{fault}") from fault
+    return load(name, device=device)
 
 
 def choose(

@@ -78,9 +78,9 @@ def _form(demo: Demo, start: str) -> _Form:
         with gr.Column(min_width=320):
             upload = gr.File(label="Picture", height=150, elem_id="upload")
             gr.Markdown(
-                f"Pictures over {demo.max_side} px are scaled down to that long side first; files "
-                f"over {MAX_MEGABYTES} MB or {MAX_PIXELS // 10**6} megapixels are refused, scale "
-                "them down yourself. Nothing leaves the machine that serves this page."
+                f"{_scales(demo)} Files over {MAX_MEGABYTES} MB or {MAX_PIXELS // 10**6} "
+                "megapixels are refused, scale them down yourself. Nothing leaves the machine "
+                "that serves this page."
             )
         with gr.Column(min_width=320):
             model = gr.Radio(list(demo.models), value=start, label="Model", elem_id="model")
@@ -89,6 +89,17 @@ def _form(demo: Demo, start: str) -> _Form:
             point = gr.HTML(_point(demo, start, value), elem_id="point")
             button = gr.Button("Segment", variant="primary", elem_id="segment")
     return _Form(upload, model, knob, point, button)
+
+
+def _scales(demo: Demo) -> str:
+    """What happens to larger pictures."""
+    sides = [(name, demo.side(name)) for name in demo.models]
+    return " ".join(
+        f"{name} takes pictures of any size as they are."
+        if side is None
+        else f"{name} takes pictures over {side} px scaled down to that long side."
+        for name, side in sides
+    )
 
 
 def _answer() -> _Answer:

@@ -7,17 +7,28 @@ import os
 import re
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from tokenstep.errors import TokenstepError
+from tokenstep.arrays import array_as_image, from_array, from_tensor
+from tokenstep.errors import PictureWarning, TokenstepError
+from tokenstep.rgb import (
+    choose_page,
+    is_dark_or_clear,
+    stored,
+    swap_bytes,
+    upright_rgb,
+    without_xmp,
+)
 
 MAX_PIXELS = 200_000_000
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
@@ -25,12 +36,12 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 OUTPUTS = (".labels.png", ".overlay.jpg", ".tokens.jpg", ".figure.png")
 # Named, so that no file of a stranger reaches PIL's rarer decoders (EPS runs a program).
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a path keeps one slash of two
 _LIMIT = threading.Lock()
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}(\..*)?")  # names that `_temporary` gives
 
 Finish = Callable[[Image.Image], Image.Image]
-Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
+Picture = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
 
 
 def find_pictures(paths: Sequence[str | Path]) -> tuple[list[Path], dict[str, str]]:
@@ -56,10 +67,12 @@ def _expand(path: str) -> list[Path]:
         named, fault = list(Path(path).rglob("*")), "is a folder without pictures"
     elif os.path.exists(path):
         return [Path(path)]
+    elif _ADDRESS.match(path):
+        raise TokenstepError(_missing(path))
     elif glob.has_magic(path):
         named, fault = list(map(Path, glob.glob(path, recursive=True))), "matches no picture"
     else:
-        raise TokenstepError(f"{path}: there is no such file; check the path")
+        raise TokenstepError(_missing(path))
     pictures = [p for p in sorted(named) if is_picture(p) and not p.name.endswith(OUTPUTS)]
     if not pictures:
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
@@ -76,34 +89,69 @@ def is_picture(path: Path) -> bool:
 def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture file as 8-bit RGB, turned upright as its EXIF orientation says.
 
-    Transparency is laid over white; 16 bits are scaled to 8; of an animation the first frame is
-    taken. Raises `TokenstepError` if the file cannot be read whole, or has more than `max_pixels`
-    (told from the header, before any pixel is decoded).
+    Transparency is laid over white; 16 bits are scaled to 8, by the range that the file's tags
+    state; of an animation the first frame is taken, of a TIFF the first page that is no thumbnail.
+    Raises `TokenstepError` if the file cannot be read whole, or has more than `max_pixels` (told
+    from the header, before any pixel is decoded). Warns by `PictureWarning` of a picture that is
+    nearly black since its range is not known; `info["warnings"]` of the picture keeps the line.
     """
-    return decode(Path(path), max_pixels, _upright_rgb)
+    path, notes, lower = Path(path), list[str](), None
+    with _opened(path, max_pixels) as image:
+        of = stored(image)
+        _load(image, max_pixels)
+        if of.wide and is_dark_or_clear(image):
+            with _opened(path, max_pixels) as again:
+                if swap_bytes(again):
+                    _load(again, max_pixels)
+                    lower = again
+        picture = upright_rgb(image, of, notes, lower=lower)
+    for note in notes:
+        picture.info["warnings"] = [f"{path}: {note}"]
+        warnings.warn(f"{path}: {note}", PictureWarning, stacklevel=2)
+    return picture
+
+
+def picture_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of a picture file as it is stored, from its header; raises as reading."""
+    with _opened(path, max_pixels) as image:
+        return image.size
 
 
 def decode(path: Path, max_pixels: int, finish: Finish) -> Image.Image:
     """Open, check the size, decode and `finish` one file; any fault is one `TokenstepError`."""
+    with _opened(path, max_pixels) as image:
+        _load(image, max_pixels)
+        return finish(image)
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Open a file and check its size; any fault of it, later ones too, is a `TokenstepError`."""
     _check_file(path)
     try:
         with _pixel_limit(max_pixels):
             image = Image.open(path, formats=_FORMATS)
         with image:
+            choose_page(image)
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
-            # Of the formats here, TIFF alone asks PIL's limit once more when it decodes.
-            with _pixel_limit(max_pixels) if image.format == "TIFF" else nullcontext():
-                image.load()
-            return finish(image)
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
         limit = f"has more than {max_pixels} pixels"
         raise TokenstepError(f"{path}: {limit}; scale it down or cut it up") from fault
     except UnidentifiedImageError as fault:
         kinds = f"is no whole picture of a known kind; give {', '.join(_FORMATS)}"
         raise TokenstepError(f"{path}: {kinds}") from fault
+    except TokenstepError:
+        raise
     except Exception as fault:  # on damaged files PIL's decoders raise errors of nearly any type
         raise TokenstepError(f"{path}: {_undecodable(fault)}") from fault
+
+
+def _load(image: Image.Image, max_pixels: int) -> None:
+    # Of the formats here, TIFF alone asks PIL's limit once more when it decodes.
+    with _pixel_limit(max_pixels) if image.format == "TIFF" else nullcontext(), without_xmp(image):
+        image.load()
 
 
 def _undecodable(fault: Exception) -> str:
@@ -129,24 +177,15 @@ def _check_file(path: Path) -> None:
     if os.path.isdir(path):
         raise TokenstepError(f"{path}: is a folder; name a picture file in it")
     if not os.path.isfile(path):
-        raise TokenstepError(f"{path}: there is no such file; check the path")
+        raise TokenstepError(_missing(str(path)))
     if os.path.getsize(path) == 0:
         raise TokenstepError(f"{path}: is an empty file; copy or save the picture again")
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    with suppress(SyntaxError):  # of a damaged EXIF block, which then says no orientation
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers of unknown range")
-    if image.mode.startswith("I;16"):  # PIL's own conversion differs by version: clips, or shifts
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
+def _missing(path: str) -> str:
+    if _ADDRESS.match(path):
+        return f"{path}: is an address, not a file; download it and give the file's path"
+    return f"{path}: there is no such file; check the path"
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -157,19 +196,23 @@ def to_tensor(image: Image.Image) -> Tensor:
 def picture_tensor(picture: Picture) -> Tensor:
     """Any picture that users hand over as a (3, h, w) tensor, uint8 or float in 0..1.
 
-    A path is read by `read_picture`, and a PIL image is treated as such a file is; an array is
-    (h, w, 3) uint8, a tensor (3, h, w) uint8 or float in 0..1. Raises `TokenstepError` if the
+    A path is read by `read_picture`, and a PIL image is treated as such a file is. An array is
+    (h, w), (h, w, 3) or (h, w, 4), uint8 or float in 0..1, and what a PIL image or a tensor of
+    these values is; a tensor is (3, h, w), uint8 or float in 0..1. Raises `TokenstepError` if the
     file cannot be read or the picture has another form, no pixels, or values out of range.
     """
     if isinstance(picture, str | os.PathLike):
         return to_tensor(read_picture(picture))
+    if isinstance(picture, np.ndarray):
+        image = array_as_image(picture)
+        return from_array(picture) if image is None else _from_image(image)
     if isinstance(picture, Image.Image):
         return _from_image(picture)
-    if isinstance(picture, np.ndarray):
-        return _from_array(picture)
     if isinstance(picture, Tensor):
-        return _checked(picture)
-    kinds = "give a path, a PIL image, an array or a tensor"
+        return from_tensor(picture)
+    kinds = "give a path, a PIL image, an array or a tensor, or a list of them"
+    if isinstance(picture, bytes | bytearray | memoryview):
+        kinds = "give a path, or PIL's Image.open(io.BytesIO(data))"
     raise TokenstepError(f"a picture of type {type(picture).__name__}: {kinds}")
 
 
@@ -177,33 +220,16 @@ def _from_image(image: Image.Image) -> Tensor:
     what = f"a PIL image of {image.width} x {image.height} pixels, mode {image.mode}"
     if 0 in image.size:
         raise TokenstepError(f"{what}: is empty; give at least 1 x 1")
+    notes: list[str] = []
     try:
-        image.load()
-        return to_tensor(_upright_rgb(image))
+        of = stored(image)
+        with without_xmp(image):
+            image.load()
+        tensor = to_tensor(upright_rgb(image, of, notes))
     except Exception as fault:  # a file may be behind it that is damaged, see `decode`
         raise TokenstepError(f"{what}: {_undecodable(fault)}") from fault
-
-
-def _from_array(array: NDArray[np.uint8]) -> Tensor:
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
-        what = f"an array of {array.shape} {array.dtype}"
-        raise TokenstepError(f"{what}: a picture is (h, w, 3) uint8, h and w at least 1")
-    # A copy, since torch takes neither negative strides nor memory that it may not write to.
-    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
-
-
-def _checked(tensor: Tensor) -> Tensor:
-    what = f"a tensor of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    if tensor.ndim != 3 or tensor.shape[0] != 3 or tensor.numel() == 0:
-        raise TokenstepError(f"{what}: a picture is (3, h, w), h and w at least 1")
-    if tensor.dtype == torch.uint8:
-        return tensor
-    if tensor.dtype not in _FLOATS:
-        raise TokenstepError(f"{what}: give uint8 in 0..255 or float in 0..1")
-    low, high = torch.stack(tensor.aminmax()).tolist()
-    # So much may a resize's rounding err. NaN is within no bounds.
-    if not -1e-3 <= low <= high <= 1 + 1e-3:
-        raise TokenstepError(f"{what} has values {low:g} to {high:g}: give uint8 or float in 0..1")
+    for note in notes:
+        warnings.warn(f"{what}: {note}", PictureWarning, stacklevel=3)
     return tensor
 
 

@@ -15,10 +15,11 @@ from tokenstep.errors import TokenstepError
 
 T = TypeVar("T")
 
-# What may change between two runs of one recipe: where things lie and how the work is done. Not the
-# number of devices: it says which pictures a step takes.
+# What may change between two runs of one recipe: where things lie, how the work is done, and the
+# scale that the model notes, which no weight depends on. Not the number of devices: it says which
+# pictures a step takes.
 ASIDE = frozenset(
-    {"out", "data.root", "data.workers", "data.cache", "trainer.accelerator"}
+    {"out", "scale_by", "data.root", "data.workers", "data.cache", "trainer.accelerator"}
     | {f"trainer.{name}" for name in ("checkpointing", "save_every", "val_every", "val_pictures")}
 )
 
@@ -149,6 +150,9 @@ class SegmenterRecipe:
 
     ``policy_weights`` is the folder that ``train policy`` wrote. ``class_balance`` is the power of
     the class weights (0: none), ``exit_weight`` the weight of all exits' losses together.
+    ``scale_by`` "side" is for scenes: the model remembers the median long side of its pictures, and
+    larger ones of its users are scaled down to that; "pixel" is for maps, where a pixel is a length
+    on the ground: pictures stay as they are.
     """
 
     data: DataConfig
@@ -159,6 +163,7 @@ class SegmenterRecipe:
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5
+    scale_by: Literal["side", "pixel"] = "pixel"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
 """What segmenting returns: the raw outcome of a forward, and one picture's result for users."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tokenstep.cost import Cost
@@ -47,7 +48,7 @@ def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
 class Result:
     """One segmented picture."""
 
-    labels: NDArray[np.uint8]  # (h, w), the picture's own size
+    labels: NDArray[np.uint8]  # (h, w), the picture's own size, also where it was scaled
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     tokens: TokenUse
@@ -56,6 +57,18 @@ class Result:
     patch: int  # pixels a side
     milliseconds: dict[str, float]  # of each stage of the model, in order, per picture of the batch
     windows: int = 1  # that the picture was cut into
+    scaled_to: tuple[int, int] | None = None  # (w, h) that the model saw, of a larger picture
+
+    def enlarged(self, width: int, height: int) -> "Result":
+        """The result of a larger picture that was scaled down to this one for the model.
+
+        Its label map has the larger size, by nearest neighbour; ``tokens`` stay on the small grid.
+        """
+        size = self.labels.shape[1], self.labels.shape[0]
+        if size == (width, height):
+            return self
+        labels = Image.fromarray(self.labels).resize((width, height), Image.Resampling.NEAREST)
+        return replace(self, labels=np.array(labels), scaled_to=size)
 
     def shares(self) -> dict[str, float]:
         """Share of the pixels that each class holds, 0 to 1."""
@@ -70,6 +83,7 @@ class Result:
         return {
             "width": width,
             "height": height,
+            **({} if self.scaled_to is None else {"scaled_to": list(self.scaled_to)}),
             "windows": self.windows,
             "tokens": {
                 "grid": tokens.grid,

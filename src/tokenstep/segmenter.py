@@ -25,10 +25,12 @@ from tokenstep.network import StepNetwork
 from tokenstep.pictures import Picture, picture_tensor, write_text
 from tokenstep.reducers.base import Reducer
 from tokenstep.result import Result, Segmented, TokenUse, first_cells
+from tokenstep.scaling import MaxSide, scaled_tensor, side_for
 from tokenstep.weight_files import save_weights
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_NO_LISTS = (str, bytes, bytearray, memoryview)  # sequences, but one picture or none
 
 
 class StepSegmenter(
@@ -52,11 +54,15 @@ class StepSegmenter(
         *,
         settings: Settings | None = None,
         max_loss: float | None = None,
+        max_side: MaxSide = "auto",
     ) -> Result | list[Result]:
         """Segment one picture, or a list of them as one batch; sizes may differ.
 
-        A picture is a path, a PIL image, an ``(H, W, 3)`` uint8 array, or a ``(3, H, W)`` tensor
-        (uint8, or float in 0..1). One picture gives a :class:`Result`, a list gives a list.
+        A picture is a path, a PIL image, an array ``(h, w)``, ``(h, w, 3)`` or ``(h, w, 4)``, or a
+        ``(3, h, w)`` tensor (uint8, or float in 0..1). One picture gives a :class:`Result`, a list
+        gives a list. Pictures of a larger side than ``max_side`` are scaled down to it first, and
+        their label maps back (``result.scaled_to`` says so): "auto" is the scale that the model was
+        trained at, if it has one (``config.long_side``), None takes pictures as they are.
         ``settings`` default to the model's own; ``Settings()`` is the dense model. ``max_loss``
         takes the cheapest operating point that was measured to lose at most so many points of
         mIoU instead; 0 is dense.
@@ -70,9 +76,16 @@ class StepSegmenter(
                 raise TokenstepError("give settings or max_loss, not both")
             point = self.config.point_within(max_loss)
             settings = DENSE if point is None else point.settings
-        if isinstance(pictures, Sequence) and not isinstance(pictures, str):
-            return self.segment_batch(pictures, settings=settings)
-        return self.segment_batch([pictures], settings=settings)[0]
+        side = side_for(max_side, self.config.long_side)
+        many = isinstance(pictures, Sequence) and not isinstance(pictures, _NO_LISTS)
+        sizes, scaled = [], []
+        for picture in cast(Sequence[Picture], pictures) if many else [cast(Picture, pictures)]:
+            whole = picture_tensor(picture)
+            sizes.append((whole.shape[2], whole.shape[1]))
+            scaled.append(scaled_tensor(whole, side))
+        results = self.segment_batch(scaled, settings=settings)
+        results = [one.enlarged(*size) for one, size in zip(results, sizes, strict=True)]
+        return results if many else results[0]
 
     @torch.inference_mode()
     def segment_batch(
@@ -83,7 +96,7 @@ class StepSegmenter(
         level: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
     ) -> list[Result]:
-        """:meth:`segment` for a list; times are the batch's, divided by its pictures.
+        """:meth:`segment` for a list, never scaled; times are the batch's, over its pictures.
 
         ``level (B, H, W)`` replaces the policy's partition, for comparisons; ``reducers`` are
         asked after each block before the exits are, and may just look on.

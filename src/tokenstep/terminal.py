@@ -2,7 +2,9 @@
 
 import json
 import sys
+import warnings
 from importlib.util import find_spec
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +19,26 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emo
 def complain(message: str) -> None:
     """Print a fault as one line."""
     errors.print("tokenstep:", " ".join(message.splitlines()))
+
+
+def one_line_a_warning(kind: type[Warning]) -> None:
+    """Have warnings of a kind printed as faults are; those of other kinds stay as Python's own."""
+    before = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, kind):
+            complain(str(message))
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def progress_bar() -> Progress:

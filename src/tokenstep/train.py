@@ -166,7 +166,10 @@ def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegm
     """
     policy_config, state, patch = load_policy(Path(recipe.policy_weights))
     classes = folder.classes
-    config = ModelConfig(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings)
+    config = ModelConfig(
+        *(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings),
+        long_side=folder.median_long_side() if recipe.scale_by == "side" else None,
+    )
     torch.manual_seed(recipe.trainer.seed)
     try:
         model = StepSegmenter(config)
