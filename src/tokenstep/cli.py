@@ -5,6 +5,8 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,6 +172,16 @@ def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
     return paths, missing(paths, faults)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make Ctrl-C in a training one line, which says where the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        complain(str(stop) or "interrupted; the same command goes on where it was")
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
 @train_app.command("policy")
 def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     """Train the policy that finds homogeneous superpatches, from label maps."""
@@ -179,7 +191,8 @@ def train_policy_command(recipe: Path, overrides: Overrides = None) -> None:
     from tokenstep.train import train_policy
 
     read = read_recipe(PolicyRecipe, recipe, overrides or [])
-    report = train_policy(read)
+    with _interruptible():
+        report = train_policy(read)
     if is_main():
         print(as_json(report))
 
@@ -193,6 +206,7 @@ def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     from tokenstep.train import train_segmenter
 
     read = read_recipe(SegmenterRecipe, recipe, overrides or [])
-    train_segmenter(read)
+    with _interruptible():
+        train_segmenter(read)
     if is_main():
         print(f"the model is in {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")

@@ -49,6 +49,7 @@ class Loop:
             TokenstepError: a file of the data or of the run is at fault, the disk is full, there is
                 no such device, or the loss is not finite.
             Terminated: the process was told to end.
+            KeyboardInterrupt: it was interrupted; says where it goes on.
         """
         folder = self.out / f"phase{module.number}"
         end = folder / "end.safetensors"
@@ -89,6 +90,10 @@ class Loop:
                 # A data worker's comes wrapped in its traceback, of which it is the last line.
                 line = str(error).strip().splitlines()[-1]
                 raise TokenstepError(line.rpartition("TokenstepError: ")[2]) from error
+            except SystemExit as end:
+                if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
+                    raise KeyboardInterrupt(watch.where(trainer, "interrupted")) from None
+                raise
             except OSError as error:
                 reason = f"{error.filename or last.parent}: {error.strerror or error}"
                 raise TokenstepError(f"{reason}; free some space and start it again") from error
@@ -161,12 +166,15 @@ class Watch(Callback):
         """What ends the process; the main one says where the same command goes on."""
         if not is_main():
             return SystemExit(0)  # or Lightning kills the main one before it could
+        return Terminated(self.where(trainer, "told to end"))
+
+    def where(self, trainer: pl.Trainer, what: str) -> str:
+        """A line that says what happened at which step, and where the same command goes on."""
         step, every = trainer.global_step, self.save_every
         saved = step if step == trainer.max_steps else step // every * every
-        return Terminated(
-            f"{trainer.default_root_dir}: told to end at step {step} of phase "
-            f"{self.module.number + 1}; the same command goes on after step "
-            f"{max(saved, self.module.done_steps)}"
+        return (
+            f"{trainer.default_root_dir}: {what} at step {step} of phase {self.module.number + 1}; "
+            f"the same command goes on after step {max(saved, self.module.done_steps)}"
         )
 
 
