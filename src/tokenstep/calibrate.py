@@ -113,7 +113,7 @@ class Diary:
         if path.is_file():
             try:
                 read = json.loads(path.read_text())
-                self.entries = read["entries"] if read["model"] == self.owner else {}
+                self.entries = dict(read["entries"]) if read["model"] == self.owner else {}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TokenstepError(f"{path}: is no calibration diary; remove it") from error
 

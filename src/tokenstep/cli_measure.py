@@ -106,10 +106,11 @@ def calibrate_command(
     Killed, it goes on where it was when the same command is given again.
     """
     from tokenstep.calibrate import calibrate
-    from tokenstep.card import model_card, write_card
+    from tokenstep.card import write_card
     from tokenstep.data import LabelledFolder
     from tokenstep.lock import held
     from tokenstep.pictures import write_text
+    from tokenstep.runs import card_of
 
     search = Search(
         numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
@@ -128,7 +129,7 @@ def calibrate_command(
             ),
         )
         (network.half() if half else network).save_pretrained(out)
-        write_card(out, model_card(network.config))
+        write_card(out, card_of(out, network.config))
         report = {"model": model, "data": data.resolve().name, **found}
         write_text(out / "calibration.json", as_json(report) + "\n")
     console.print(tables.calibrated(report))

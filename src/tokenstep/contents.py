@@ -70,7 +70,14 @@ def _read(cache: Path) -> dict[str, Mark]:
             name: (int(size), int(time), str(digest))
             for name, (size, time, digest) in json.loads(cache.read_text()).items()
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         remedy = "remove it to have the files read anew"
         raise TokenstepError(f"{cache}: is damaged; {remedy}") from error
 

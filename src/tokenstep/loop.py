@@ -1,5 +1,6 @@
 """The training loop of the phases of a run: checkpoints that resume, and how a run ends."""
 
+import errno
 import io
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -62,6 +64,8 @@ class Loop:
         try:
             self._fit(trainer, module, folder / LAST, watch)
         except BaseException:
+            # Its data workers too: from within a look at val, Lightning leaves them alive.
+            trainer.fit_loop.teardown()
             self._end_others()
             raise
         finally:
@@ -72,7 +76,7 @@ class Loop:
             save_weights(network, end)
         trainer.strategy.barrier()
         if watch.told:  # in the last step
-            raise watch.ending(trainer)
+            raise watch.ending(trainer, saved=trainer.global_step)
 
     def _fit(self, trainer: pl.Trainer, module: PhaseModule, last: Path, watch: "Watch") -> None:
         with warnings.catch_warnings():
@@ -95,8 +99,11 @@ class Loop:
                     raise KeyboardInterrupt(watch.where(trainer, "interrupted")) from None
                 raise
             except OSError as error:
+                remedy = (
+                    "free some space and start it again" if _is_full(error) else "start it again"
+                )
                 reason = f"{error.filename or last.parent}: {error.strerror or error}"
-                raise TokenstepError(f"{reason}; free some space and start it again") from error
+                raise TokenstepError(f"{reason}; {remedy}") from error
             except RuntimeError as error:
                 if watch.told:  # and so was another process, whose end shows first
                     raise watch.ending(trainer) from error
@@ -162,19 +169,22 @@ class Watch(Callback):
         """Tell of a look at val."""
         self.progress.looked(float(trainer.callback_metrics["val_miou"]))
 
-    def ending(self, trainer: pl.Trainer) -> SystemExit:
+    def ending(self, trainer: pl.Trainer, saved: int = 0) -> SystemExit:
         """What ends the process; the main one says where the same command goes on."""
         if not is_main():
             return SystemExit(0)  # or Lightning kills the main one before it could
-        return Terminated(self.where(trainer, "told to end"))
+        return Terminated(self.where(trainer, "told to end", saved))
 
-    def where(self, trainer: pl.Trainer, what: str) -> str:
-        """A line that says what happened at which step, and where the same command goes on."""
+    def where(self, trainer: pl.Trainer, what: str, saved: int = 0) -> str:
+        """A line that says what happened at which step, and where the same command goes on.
+
+        It is the last checkpoint, if not the step that is ``saved`` otherwise.
+        """
         step, every = trainer.global_step, self.save_every
-        saved = step if step == trainer.max_steps else step // every * every
+        saved = max(saved, step // every * every, self.module.done_steps)
         return (
-            f"{trainer.default_root_dir}: {what} at step {step} of phase {self.module.number + 1}; "
-            f"the same command goes on after step {max(saved, self.module.done_steps)}"
+            f"{self.progress.log.parent}: {what} at step {step} of phase {self.module.number + 1}; "
+            f"the same command goes on after step {saved}"
         )
 
 
@@ -229,8 +239,8 @@ def make_trainer(
             use_distributed_sampler=False,  # it would shuffle; the stream has its own order
             precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
             callbacks=[watch, checkpoint],
-            plugins=[Checkpoints()],
-            default_root_dir=folder.parent,
+            plugins=[Checkpoints(), *_scheduler()],
+            default_root_dir=folder,
             logger=TensorBoardLogger(folder.parent, name="log", version=folder.name),
             val_check_interval=settings.val_every if module.looks else None,
             limit_val_batches=None if module.looks else 0,
@@ -240,9 +250,18 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise TokenstepError(f"recipe: trainer: {reason}") from error
+
+
+def _scheduler() -> list[SLURMEnvironment]:
+    """Where SLURM started this, that without its requeueing, whose checkpoints are of no phase."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_main() -> bool:

@@ -87,6 +87,7 @@ class PhaseModule(pl.LightningModule):
             Stream(folder, seed=self.seed, length=phase.steps * phase.batch * world),
             batch_sampler=places,
             num_workers=data.workers,
+            persistent_workers=data.workers > 0,  # so that Lightning knows them, and ends them
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_ending_to_main,
         )

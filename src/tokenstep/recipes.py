@@ -48,7 +48,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         low, high = self.scale
-        require(0 < low <= high < math.inf, "scale", "two factors above 0, rising", self.scale)
+        sound = 0.01 <= low <= high <= 100
+        require(sound, "scale", "two factors from 0.01 to 100, rising", self.scale)
         require(0 <= self.colour <= 2, "colour", "0 to 2", self.colour)
         require(self.workers >= 0, "workers", "0 or more", self.workers)
 

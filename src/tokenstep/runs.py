@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenstep.config import PolicyConfig, from_dict
+from tokenstep.card import model_card, run_card
+from tokenstep.config import ModelConfig, PolicyConfig, from_dict
 from tokenstep.contents import changes, of_folder
 from tokenstep.data import LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -21,6 +22,8 @@ from tokenstep.segmenter import WEIGHTS
 
 RECIPE = "recipe.json"
 DATA = "data.json"  # what the training files held
+SCORES = "val.json"
+VAL = "val_data.json"  # what the files held that SCORES are of
 _REMEDY = "choose another out, or remove it"
 _MOST = 4  # differences that an error names
 
@@ -65,10 +68,10 @@ def _require_same_run(
     if not os.path.isfile(path):
         return
     try:
-        before = json.loads(path.read_text())
+        before = read_json(path)
         differ = differences(before, recipe)
         was = {**digests, **before.get("digests", {})}
-    except (OSError, ValueError, AttributeError, TokenstepError) as error:
+    except (TypeError, TokenstepError) as error:
         raise TokenstepError(
             f"{out}: holds a run of another recipe ({path.name}: {error}): {_REMEDY}"
         ) from error
@@ -80,6 +83,40 @@ def _require_same_run(
     if differ:
         some = ", ".join(differ[:_MOST]) + (", ..." if len(differ) > _MOST else "")
         raise TokenstepError(f"{out}: holds a run of another recipe ({some}): {_REMEDY}")
+
+
+def scored(
+    out: Path, held: Mapping[str, str], measured: Callable[[], dict[str, Any]], *, fresh: bool
+) -> dict[str, Any]:
+    """The scores on val in a run's folder, ``measured`` where there are none of these files.
+
+    ``held`` is what the files of val hold; ``fresh`` weights have no scores yet.
+
+    Raises:
+        TokenstepError: the file of the scores is damaged, or takes no new ones.
+    """
+    # A run of a version that recorded no contents has the scores that it has.
+    known = read_json(out / VAL) if os.path.isfile(out / VAL) else held
+    if not fresh and known == held and os.path.isfile(out / SCORES):
+        return read_json(out / SCORES)
+    scores = measured()
+    save_json(scores, out / SCORES)
+    save_json(held, out / VAL)
+    return scores
+
+
+def card_of(folder: Path, config: ModelConfig) -> str:
+    """The card of the segmenter in a folder, with the recipe and the scores if it is a run's.
+
+    Raises:
+        TokenstepError: its recipe or its scores are damaged.
+    """
+    if not os.path.isfile(folder / RECIPE):
+        return model_card(config)
+    read = {key: value for key, value in read_json(folder / RECIPE).items() if key != "digests"}
+    recipe = from_dict(SegmenterRecipe, read, str(folder / RECIPE))
+    scores = read_json(folder / SCORES) if os.path.isfile(folder / SCORES) else {}
+    return run_card(recipe, config, scores)
 
 
 def digest_of_pictures(folder: LabelledFolder) -> str:
@@ -125,7 +162,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 def damaged(path: Path) -> TokenstepError:
     """The fault of a file of the run that cannot be read."""
-    return TokenstepError(f"{path}: is damaged, or of another run: remove it to train that again")
+    return TokenstepError(f"{path}: is damaged, or of another run: remove it and start again")
 
 
 def save_json(data: object, path: Path) -> None:
@@ -140,7 +177,9 @@ def read_json(path: Path) -> dict[str, Any]:
         TokenstepError: the file is missing or damaged.
     """
     try:
-        held: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path) from error
+    if not isinstance(held, dict):
+        raise damaged(path)
     return held

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenstep.card import policy_card, run_card, write_card
+from tokenstep.card import policy_card, write_card
 from tokenstep.config import ModelConfig
-from tokenstep.contents import FILES, contents
+from tokenstep.contents import FILES, contents, of_folder
 from tokenstep.data import LabelledFolder
 from tokenstep.data_check import SOUND, require_sound
 from tokenstep.errors import TokenstepError
@@ -22,11 +22,10 @@ from tokenstep.phase import PolicyModule, SegmenterModule
 from tokenstep.policy_report import policy_report
 from tokenstep.progress import Progress
 from tokenstep.recipes import PolicyRecipe, SegmenterRecipe
-from tokenstep.runs import claim, digest_of_weights, load_policy, read_json, save_json
+from tokenstep.runs import card_of, claim, digest_of_weights, load_policy, load_weights, scored
 from tokenstep.segmenter import WEIGHTS, StepSegmenter
 from tokenstep.weight_files import save_weights
 
-SCORES = "val.json"
 COMPLETE = "{}: already complete, nothing trained"
 
 
@@ -55,18 +54,25 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
-    if claim(out, recipe, folder, found, write=is_main()):
+    complete = claim(out, recipe, folder, found, write=is_main())
+    if complete:
         progress.say(COMPLETE.format(out))
-        return read_json(out / SCORES)
-    loop = Loop(out, recipe.trainer, progress)
-    for number in range(len(recipe.phases)):
-        loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
+        load_weights(policy, out / WEIGHTS)
+    else:
+        loop = Loop(out, recipe.trainer, progress)
+        for number in range(len(recipe.phases)):
+            loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
     report: dict[str, Any] = {}
     if is_main():
-        report = policy_report(policy, val, tolerance=recipe.tolerance)
-        save_json(report, out / SCORES)
+        report = scored(
+            out,
+            of_folder(val, found),
+            lambda: policy_report(policy, val, tolerance=recipe.tolerance),
+            fresh=not complete,
+        )
         write_card(out, policy_card(recipe, val.classes, report))
-        save_weights(policy, out / WEIGHTS)  # last: where it is, the run is complete
+        if not complete:
+            save_weights(policy, out / WEIGHTS)  # last: where it is, the run is complete
     meet()
     return report
 
@@ -92,21 +98,28 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
     model = build_segmenter(recipe, folder)
     out = Path(recipe.out)
     policy = digest_of_weights(Path(recipe.policy_weights))
-    if claim(out, recipe, folder, found, policy=policy, write=is_main()):
+    complete = claim(out, recipe, folder, found, policy=policy, write=is_main())
+    if complete:
         progress.say(COMPLETE.format(out))
-        return StepSegmenter.from_pretrained(out)
-    weight = torch.ones(len(folder.classes.names))
-    if recipe.class_balance > 0:
-        weight = class_weights(count_pixels(folder), recipe.class_balance)
-    loop = Loop(out, recipe.trainer, progress)
-    for number in range(len(recipe.phases)):
-        loop.run(SegmenterModule(recipe, number, model, weight), model)
-    model.eval()
+        model = StepSegmenter.from_pretrained(out)
+    else:
+        weight = torch.ones(len(folder.classes.names))
+        if recipe.class_balance > 0:
+            weight = class_weights(count_pixels(folder), recipe.class_balance)
+        loop = Loop(out, recipe.trainer, progress)
+        for number in range(len(recipe.phases)):
+            loop.run(SegmenterModule(recipe, number, model, weight), model)
+        model.eval()
     if is_main():
-        scores = look_at(val, recipe, model)
-        save_json(scores, out / SCORES)
-        write_card(out, run_card(recipe, model.config, scores))
-        model.save_pretrained(out)
+        scored(
+            out,
+            of_folder(val, found),
+            lambda: look_at(val, recipe, model),
+            fresh=not complete,
+        )
+        write_card(out, card_of(out, model.config))
+        if not complete:
+            model.save_pretrained(out)
     meet()
     return model
 
