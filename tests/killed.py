@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenstep.cli import main
-from tokenstep.phase import PhaseModule
+from tokenstep.phase import PhaseModule, SegmenterModule
 from tokenstep.recipes import PolicyRecipe, SegmenterRecipe
 from tokenstep.train import train_policy, train_segmenter
 
@@ -44,10 +45,17 @@ def run(recipe: Recipe, die_at: Place | None = None) -> int:
 class Call:
     """A call of the command line in a process group of its own; its stderr goes to a file."""
 
-    def __init__(self, folder: Path, *words: str, largest_file: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *words: str,
+        largest_file: int | None = None,
+        in_look: int | None = None,
+    ) -> None:
+        """``largest_file`` limits what it may write; ``in_look`` is a signal in a look at val."""
         self.said = folder / "stderr.txt"
         self.said.write_text("")
-        args = (list(words), self.said, largest_file)
+        args = (list(words), self.said, largest_file, in_look)
         self.process = COPIES.Process(target=_call, args=args)
         self.process.start()
 
@@ -79,8 +87,16 @@ class Call:
         os.killpg(self.process.pid, number)
 
 
-def _call(words: list[str], said: Path, largest_file: int | None) -> None:
+def _call(words: list[str], said: Path, largest_file: int | None, in_look: int | None) -> None:
     os.setpgid(0, 0)
+    if in_look is not None:
+        look = SegmenterModule.validation_step
+
+        def signalled(module: SegmenterModule, *args: Any) -> None:
+            os.killpg(0, in_look)
+            look(module, *args)
+
+        SegmenterModule.validation_step = signalled  # type: ignore[method-assign]
     torch.set_num_threads(1)
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)

@@ -46,3 +46,17 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TokenstepError, match="file"), held(tmp_path / "file" / "below"):
         pass
+
+
+def test_a_second_lock_in_one_process_is_refused_and_keeps_the_first(tmp_path: Path) -> None:
+    with held(tmp_path):
+        with pytest.raises(TokenstepError, match="at work there"), held(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+def test_what_cannot_be_a_lock_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(TokenstepError, match=r"\.lock: cannot be locked"), held(tmp_path):
+        pass

@@ -16,10 +16,10 @@ import torch
 from killed import Call, run, write_recipe
 from PIL import Image
 from running import assert_same_weights, refused
-from training import TRAINER, draw, policy_recipe
+from training import TRAINER, draw, policy_recipe, segmenter_recipe
 
 from tokenstep import train
-from tokenstep.recipes import PolicyRecipe
+from tokenstep.recipes import Phase, PolicyRecipe
 
 
 def command(recipe: PolicyRecipe) -> list[str]:
@@ -56,6 +56,39 @@ def test_told_to_end_with_all_that_it_started_it_says_so_in_a_line_and_can_go_on
         assert not any("Traceback" in line for line in said), said
         assert any("goes on after step" in line for line in said[:-1]) == again, said
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_told_to_end_in_a_look_at_val_it_ends_too(
+    drawn: Path, policy: Path, tmp_path: Path
+) -> None:
+    phase = Phase(steps=1000, batch=2, crop=(64, 64))
+    recipe = segmenter_recipe(drawn, policy, tmp_path / "out", phase)
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, workers=1),
+        trainer=dataclasses.replace(TRAINER, save_every=2, val_every=3),
+    )
+    words = ["train", "segmenter", str(write_recipe(recipe))]
+    with Call(tmp_path, *words, in_look=signal.SIGTERM) as call:
+        code, said = call.end()
+    assert code == 128 + signal.SIGTERM
+    assert "told to end at step 3" in said[-1] and "goes on after step 2" in said[-1]
+
+
+def test_a_scheduler_s_warning_leaves_no_checkpoint_that_a_phase_could_take_for_its_own(
+    drawn: Path, tmp_path: Path
+) -> None:
+    words = command(long_recipe(drawn, tmp_path / "out"))
+    call = [sys.executable, killed.__file__, *words]
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    process = subprocess.Popen(call, env=os.environ | slurm, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "phase0" / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == -signal.SIGUSR1
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
 
 
 def test_without_a_terminal_it_says_where_it_is(drawn: Path, tmp_path: Path) -> None:

@@ -89,3 +89,16 @@ def test_it_does_so_in_the_middle_between_phases_and_on_two_devices(
 def test_it_does_so_at_every_step(runs: Runs, devices: int, kind: str, place: Place) -> None:
     broken = runs.killed(kind, place, steps=12, devices=devices)
     assert_same_weights(runs.whole(kind, 12, devices), broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_it_does_so_killed_at_every_step_in_turn(runs: Runs, devices: int, kind: str) -> None:
+    out = runs.folder / f"{kind}-12-{devices}-killed-at-every-step"
+    recipe = runs.recipe(out, kind, steps=12, devices=devices)
+    for place in itertools.product(range(2), range(12)):
+        assert run(recipe, die_at=place) == -signal.SIGKILL, place
+        assert not (out / f"phase{place[0]}" / "end.safetensors").exists()
+    assert run(recipe) == 0
+    assert_same_weights(runs.whole(kind, 12, devices), out)

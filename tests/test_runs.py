@@ -106,6 +106,34 @@ def test_a_complete_run_says_so_and_is_left_alone(
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
+@pytest.mark.parametrize("what", ["a val label", "the scores"])
+def test_a_complete_run_measures_val_anew_where_it_changed(tmp_path: Path, what: str) -> None:
+    root = draw(tmp_path / "data", {"train": 4, "val": 2})
+    recipe = policy_recipe(root, tmp_path / "out", 1)
+    before = train_policy(recipe, progress=False)
+    scores = tmp_path / "out" / "val.json"
+    if what == "the scores":
+        scores.write_text("{")
+        assert str(scores) in refused(recipe, "remove it and start again")
+        scores.unlink()
+        assert train_policy(recipe, progress=False) == before
+    else:
+        path = root / "val" / "labels" / "000.png"
+        Image.fromarray(np.random.default_rng(1).integers(0, 3, (64, 64), np.uint8)).save(path)
+        after = train_policy(recipe, progress=False)
+        assert after != before
+        assert json.loads(scores.read_text()) == after
+
+
+@pytest.mark.parametrize("text", ["3", "null", '["classes.json"]', "[" * 100_000])
+@pytest.mark.parametrize("name", ["data.json", "recipe.json", "files.json"])
+def test_a_damaged_record_is_one_line(drawn: Path, tmp_path: Path, name: str, text: str) -> None:
+    recipe = policy_recipe(drawn, tmp_path, 1)
+    train_policy(recipe, progress=False)
+    (tmp_path / name).write_text(text)
+    assert name in refused(recipe, "damaged")
+
+
 def test_a_run_of_a_version_that_knew_no_contents_goes_on(drawn: Path, tmp_path: Path) -> None:
     recipe = policy_recipe(drawn, tmp_path / "out", 3)
     assert run(recipe, die_at=(0, 2)) == -signal.SIGKILL

@@ -156,9 +156,8 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def thinned(self, count: int) -> LabelledFolder:
         """The same with at most `count` pictures, evenly spread over the folder."""
-        kept = np.unique(
-            np.linspace(0, len(self) - 1, min(max(count, 1), len(self))).round().astype(int)
-        )
+        count = min(max(count, 1), len(self))
+        kept = np.unique(np.linspace(0, len(self) - 1, count).round().astype(int))
         thin = copy.copy(self)
         thin.paths = [self.paths[index] for index in kept]
         thin.labels = [self.labels[index] for index in kept]
