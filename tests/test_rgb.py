@@ -319,3 +319,11 @@ def test_a_pil_image_in_memory_is_warned_of_too() -> None:
     with pytest.warns(PictureWarning, match="0 to 3776 of 65535"):
         dark = picture_tensor(Image.fromarray(GREY.astype(np.uint16) * 16))
     assert torch.equal(dark[0], dark[1]) and dark.max() <= 16
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_that_cannot_be_opened_is_called_one(tmp_path: Path, order: str) -> None:
+    five = tiff((np.dstack([COLOURS, GREY16, GREY16]), {EXTRA: 0}), order=order)
+    (tmp_path / "a.tif").write_bytes(five)
+    message = told(tmp_path / "a.tif", read_picture)
+    assert "is a TIFF of a kind" in message and message.endswith("save it as 8-bit or 16-bit RGB")

@@ -61,7 +61,7 @@ def stored(image: Image.Image) -> Stored:
     tags = getattr(image, "tag_v2", {})
     of = Stored(tags, wide and image.mode in ("RGB", "RGBA"), grey_bits)
     if any(one.codec_name == "raw" for one in tiles) and _loses_planes(of, image.mode):
-        raise ValueError("its bands lie one after the other, uncompressed, and are not 8-bit")
+        raise ValueError("its bands are uncompressed planes of another kind than 8-bit colours")
     return of
 
 
