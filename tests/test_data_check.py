@@ -105,6 +105,21 @@ def test_pictures_without_labels_and_the_reverse_are_warnings(root: Path) -> Non
     assert lonely.severity == stray.severity == "warning"
 
 
+def test_what_has_no_partner_is_read_too(root: Path) -> None:
+    (root / "train" / "labels" / "p1.png").unlink()
+    (root / "val" / "images" / "p1.png").unlink()
+    whole = check_folder(root).files
+    lonely, stray = root / "train" / "images" / "p1.png", root / "val" / "labels" / "p1.png"
+    half(lonely)
+    half(stray)
+    errors = [f for f in faults(root) if f.severity == "error"]
+    assert {(f.file, f.kind) for f in errors} == {
+        (str(path), "unreadable") for path in (lonely, stray)
+    }
+    held = [p for kind in ("images", "labels") for p in root.glob(f"*/{kind}/*")]
+    assert check_folder(root).files == whole == len(held)
+
+
 def test_a_split_without_any_label_is_an_error_that_says_what_is_there(root: Path) -> None:
     for path in (root / "val" / "labels").iterdir():
         path.rename(path.with_suffix(".tif"))
@@ -168,7 +183,8 @@ def test_a_split_that_is_all_255_is_an_error(root: Path) -> None:
     Image.new("L", (8, 6), 255).save(root / "val" / "labels" / "p0.png")
     (fault,) = faults(root)
     assert fault.severity == "error" and "val" in fault.text and "255" in fault.text
-    assert [f.severity for f in faults_allowed(root)] == ["warning"]
+    assert "allow_empty_classes" not in fault.text
+    assert faults_allowed(root) == [fault], "no option makes it one that can be scored"
 
 
 @pytest.mark.parametrize(("split", "severity"), [("train", "error"), ("test", "warning")])

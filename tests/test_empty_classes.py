@@ -172,6 +172,16 @@ def test_compare_warns_in_the_table_and_in_json(
     assert all(line in (tmp_path / "out" / "compare.md").read_text() for line in warnings)
 
 
+def test_explain_warns_on_the_screen_and_in_json(
+    call: Call, masks: Path, model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    code, out, _ = call("explain", "--data", masks, "--model", model, "--out", tmp_path / "out")
+    warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+    assert code == 0 and len(warnings) == 2 and SAID in warnings[0]
+    assert all(f"warning: {line}\n" in out for line in warnings)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "compare"])
 def test_without_any_label_nothing_is_measured(
     call: Call, tmp_path: Path, model: Path, command: str
@@ -180,7 +190,8 @@ def test_without_any_label_nothing_is_measured(
     allow(root)
     out = ["--out", tmp_path / "out"] if command == "compare" else []
     code, _, err = call(command, "--data", root, "--model", model, *out)
-    assert code == 2 and "all pixels of test are 255" in err and len(err.splitlines()) == 1
+    assert code == 2 and "all pixels of test are 255" in err
+    assert "allow_empty_classes" not in err and len(err.splitlines()) == 1
 
 
 def test_all_classes_there_is_nothing_to_warn_of(call: Call, tmp_path: Path, model: Path) -> None:

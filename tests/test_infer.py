@@ -296,3 +296,18 @@ def test_output_names_are_distinct_in_any_case(paths: list[str]) -> None:
     assert not any("/" in name or name.startswith(".") for name in names)
     if paths:
         assert names[0] == Path(paths[0]).stem
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_picture_is_overwritten_by_the_result_of_another(
+    tmp_path: Path, model: StepSegmenter, kind: str
+) -> None:
+    (first,) = draw(tmp_path, [(20, 24)])
+    second = tmp_path / f"p000.{kind}"
+    Image.fromarray(pattern(30, 34)).save(second)
+    before = second.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    done = list(segment_files(model, [first, second], SegmentJob(tmp_path / "link", DENSE)))
+    assert second.read_bytes() == before
+    assert [one["name"] for one in done] == ["p000_png", second.stem]
+    assert all((tmp_path / f"p000_png.{kind}").is_file() for kind in KINDS)

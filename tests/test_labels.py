@@ -66,6 +66,22 @@ def test_an_inverted_tiff_is_no_label(tmp_path: Path) -> None:
     assert "TIFF" in told(tmp_path / "a.png", lambda path: read_label(path, 255))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        packed_png(np.zeros((90, 90)), 8)[:60],
+        b"no picture at all",
+        b"II*\0\x08\0\0\0\xff\xff",
+        b"\xff\xd8\xff\xe0 a JPEG",
+    ],
+)
+def test_the_remedy_for_a_damaged_label_is_one_for_labels(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    message = told(tmp_path / "a.png", lambda path: read_label(path, 3))
+    assert "; save its class indices again as a PNG of one channel" in message
+    assert "RGB" not in message and "JPEG" not in message
+
+
 # --- labels under other names -------------------------------------------------------------------
 
 Rename = Callable[[str], str]
@@ -141,3 +157,13 @@ def test_options_of_classes_are_typed(tmp_path: Path, option: dict[str, object])
     (tmp_path / "classes.json").write_text(json.dumps({"names": ["sky", "road"], **option}))
     message = told(tmp_path / "classes.json", lambda path: read_classes(path.parent))
     assert next(iter(option)) in message
+
+
+def test_classes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text('{"names": ["sky", "road"]}', encoding="utf-8-sig")
+    assert read_classes(tmp_path).names == ("sky", "road")
+
+
+def test_classes_nested_without_end_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text("[" * 100_000)
+    assert "JSON" in told(tmp_path / "classes.json", lambda path: read_classes(path.parent))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from samples import pattern, png_chunk, told
 
-from tokenstep.errors import PictureWarning
+from tokenstep.errors import PictureWarning, TokenstepError
 from tokenstep.pictures import picture_tensor, read_picture
 
 GREY = pattern(9, 14)[..., 0]
@@ -139,6 +139,29 @@ def test_a_fourth_band_is_alpha_only_where_a_tag_says_so(
     assert not np.array_equal(read(tiff((pixels, {EXTRA: 2}))), pattern(9, 14))
 
 
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_grey_of_few_bits_is_white(
+    read: Callable[[bytes], np.ndarray], bits: int, interlaced: int
+) -> None:
+    values = np.arange(4).reshape(2, 2) % 2**bits
+    passes = (
+        [values[:1, :1], values[:1, 1:], values[1:]] if interlaced else [values[:1], values[1:]]
+    )
+    packed = [
+        sum(int(value) << (8 - bits) - bits * at for at, value in enumerate(one[0]))
+        if bits < 8
+        else one[0].astype(np.uint8).tobytes()
+        for one in passes
+    ]
+    rows = b"".join(b"\0" + (row if isinstance(row, bytes) else bytes([row])) for row in packed)
+    parts = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, bits, 0, 0, 0, interlaced))
+    parts += png_chunk(b"tRNS", b"\0\1") + png_chunk(b"IDAT", zlib.compress(rows))
+    shown = read(b"\x89PNG\r\n\x1a\n" + parts + png_chunk(b"IEND", b""))
+    grey = np.round(values * 255 / (2**bits - 1))
+    assert np.array_equal(shown, over_white(grey, values == 1))
+
+
 # --- orientation, pages -----------------------------------------------------------------------
 
 
@@ -192,6 +215,41 @@ def test_the_limit_of_pixels_is_that_of_the_page_that_is_read(tmp_path: Path) ->
     (tmp_path / "a.tif").write_bytes(tiff(*pages))
     assert "pixels" in told(tmp_path / "a.tif", lambda path: read_picture(path, max_pixels=100))
     assert read_picture(tmp_path / "a.tif", max_pixels=126).size == (14, 9)
+
+
+def planes(pixels: np.ndarray, tags: Tags, *, order: str = "<") -> bytes:
+    """A TIFF whose bands lie one after the other."""
+    h, w = pixels.shape[:2]
+    bands = pixels.shape[2] if pixels.ndim == 3 else 1
+    apart = np.moveaxis(pixels.reshape(h, w, bands), 2, 0).reshape(bands * h, w)
+    bits = (pixels.itemsize * 8,) * bands
+    size = h * w * pixels.itemsize
+    places = tuple(8 + size * band for band in range(bands))
+    plain: Tags = {257: h, BITS: bits, 277: bands, 284: 2, 273: places, 279: (size,) * bands}
+    return tiff((apart, plain | {PHOTOMETRIC: 2 if bands > 1 else 1} | tags), order=order)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("pixels", "tags"),
+    [
+        (COLOURS, {}),
+        (np.dstack([COLOURS, GREY16]), {EXTRA: 2}),
+        (255 - GREY, {PHOTOMETRIC: 0}),
+    ],
+)
+def test_planes_that_would_be_read_as_others_are_refused(
+    tmp_path: Path, pixels: np.ndarray, tags: Tags, order: str
+) -> None:
+    (tmp_path / "a.tif").write_bytes(planes(pixels, tags, order=order))
+    assert "save it again as an 8-bit RGB PNG" in told(tmp_path / "a.tif", read_picture)
+    with Image.open(tmp_path / "a.tif") as opened, pytest.raises(TokenstepError, match="bands"):
+        picture_tensor(opened)
+
+
+@pytest.mark.parametrize("pixels", [pattern(9, 14), GREY])
+def test_planes_of_bytes_are_read(read: Callable[[bytes], np.ndarray], pixels: np.ndarray) -> None:
+    assert np.array_equal(read(planes(pixels, {})), over_white(pixels, np.zeros((9, 14), bool)))
 
 
 # --- 10 to 14 bits in 16 ----------------------------------------------------------------------
@@ -261,3 +319,11 @@ def test_a_pil_image_in_memory_is_warned_of_too() -> None:
     with pytest.warns(PictureWarning, match="0 to 3776 of 65535"):
         dark = picture_tensor(Image.fromarray(GREY.astype(np.uint16) * 16))
     assert torch.equal(dark[0], dark[1]) and dark.max() <= 16
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_that_cannot_be_opened_is_called_one(tmp_path: Path, order: str) -> None:
+    five = tiff((np.dstack([COLOURS, GREY16, GREY16]), {EXTRA: 0}), order=order)
+    (tmp_path / "a.tif").write_bytes(five)
+    message = told(tmp_path / "a.tif", read_picture)
+    assert "is a TIFF of a kind" in message and message.endswith("save it as 8-bit or 16-bit RGB")

@@ -154,6 +154,21 @@ def test_streets_have_a_scale_and_maps_have_none() -> None:
     assert load("aerial").config.long_side is None
 
 
+def test_a_number_of_numpy_is_a_side_too(model: StepSegmenter, photo: Path) -> None:
+    result, wanted = model.segment(photo, max_side=np.int64(20)), model.segment(photo, max_side=20)
+    assert result.scaled_to == wanted.scaled_to and max(result.scaled_to) == 20
+
+
+def test_settings_that_are_none_are_told(model: StepSegmenter, photo: Path) -> None:
+    with pytest.raises(TokenstepError, match="settings is 'dense': give"):
+        model.segment(photo, settings="dense")
+
+
+def test_an_address_is_named_as_it_is_given(model: StepSegmenter) -> None:
+    with pytest.raises(TokenstepError, match=r"^http://x/y\.jpg: is an address"):
+        model.segment("http://x/y.jpg")
+
+
 @pytest.mark.parametrize("max_loss", ["1", True, float("nan"), -1])
 def test_a_loss_that_is_no_number_is_told(model: StepSegmenter, max_loss: object) -> None:
     with pytest.raises(TokenstepError, match="give 0 or more points") as caught:
@@ -201,14 +216,14 @@ def test_what_is_asked_for_goes_over_the_default(
 
 
 @pytest.mark.parametrize("command", ["segment", "explain"])
-@pytest.mark.parametrize("side", ["0", "-1", "4.5", "auto", "nought"])
+@pytest.mark.parametrize("side", ["0", "-1", "4.5", "auto", "nought", "9" * 5000])
 def test_a_wrong_side_is_told(
     monkeypatch: pytest.MonkeyPatch, photo: Path, command: str, side: str
 ) -> None:
     if command == "explain":
         pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["tokenstep", command, str(photo), "--max-side", side])
-    with pytest.raises(TokenstepError, match=f"--max-side {side}: .*none"):
+    with pytest.raises(TokenstepError, match=f"--max-side {side[:9]}[.]*: .*none"):
         cli.app(standalone_mode=False)
 
 

@@ -49,13 +49,26 @@ def test_a_bare_import_knows_all_names_and_loads_none() -> None:
     assert fresh(code, *HEAVY).split() == ["[]", "True"]
 
 
+def test_modules_can_be_had_after_a_bare_import() -> None:
+    for module in ("config", "data", "errors", "hub", "pictures", "segmenter", "tokens"):
+        code = f"import tokenstep; print(tokenstep.{module}.__name__)"
+        assert fresh(code).strip() == f"tokenstep.{module}"
+
+
+def test_only_what_is_public_is_listed() -> None:
+    names = fresh("import tokenstep; tokenstep.load, tokenstep.config; print(*dir(tokenstep))")
+    assert {n for n in names.split() if not n.startswith("__")} == {
+        n for n in tokenstep.__all__ if not n.startswith("__")
+    }
+
+
 def test_every_public_name_can_be_had_and_no_other() -> None:
     names: dict[str, Any] = {}
     exec("from tokenstep import *", names)
     assert set(tokenstep.__all__) <= set(names)
     assert tokenstep.load.__module__ == "tokenstep.hub"
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = tokenstep.lode
+        _ = tokenstep.lode  # type: ignore[attr-defined]  # mypy sees it too
 
 
 def test_every_rival_that_help_names_can_be_made() -> None:

@@ -1,7 +1,7 @@
 """Plain ViT segmenters made cheap: superpatch merging by a small CNN policy, and early exits."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings, VitConfig
@@ -38,16 +38,21 @@ _MODULES = {
     "result": ("Result", "TokenUse"),
     "segmenter": ("StepSegmenter",),
     "tokens": ("PackedTokens",),
+    "data": (),
+    "pictures": (),
 }
 
+if not TYPE_CHECKING:  # to a type checker a name that is none must be one
 
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name in _MODULES:  # such as tokenstep.config after a bare import
+            return import_module(f"{__name__}.{name}")
+        for module, names in _MODULES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

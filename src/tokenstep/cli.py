@@ -123,7 +123,7 @@ def segment(
     from tokenstep.tiles import require_side
 
     wanted = max_side_of(max_side, tile=tile)
-    paths, entries = _find(pictures)
+    paths, entries = _find(pictures, out)
     network = load_model(model, device, threads)
     settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
     if tile is not None:
@@ -159,7 +159,7 @@ def segment(
         raise typer.Exit(1)
 
 
-def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
+def _find(pictures: list[str], out: Path) -> tuple[list[Path], list[dict[str, Any]]]:
     """The pictures of the call, and an entry for each argument that holds none."""
     from tokenstep.infer import missing
     from tokenstep.pictures import find_pictures
@@ -169,7 +169,7 @@ def _find(pictures: list[str]) -> tuple[list[Path], list[dict[str, Any]]]:
         for fault in faults.values():
             complain(fault)
         raise typer.Exit(2)
-    return paths, missing(paths, faults)
+    return paths, missing(paths, faults, out)
 
 
 @contextmanager

@@ -99,6 +99,7 @@ def explain_command(
         print(note)
     text = page(title, intro, sections)
     _write(out, {**of, **report}, sections, text)
+    print(tables.warned(report.get("warnings", [])), end="")
     print(f"report in {out / 'report.html'}")
     if report["faults"]:
         raise typer.Exit(1)

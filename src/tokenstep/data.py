@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tokenstep.checks import require_classes
 from tokenstep.errors import TokenstepError
 from tokenstep.labels import IGNORE as IGNORE
-from tokenstep.labels import instead, outside, read_indices
+from tokenstep.labels import LABEL_AGAIN, instead, outside, read_indices
 from tokenstep.pictures import is_picture, picture_size, read_picture, to_tensor
 
 # Okabe and Ito's colours: told apart with any common colour blindness.
@@ -74,11 +74,11 @@ def read_classes(root: Path) -> Classes:
     """
     path = Path(root) / "classes.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as fault:
         remedy = 'write {"names": [...], "palette": [[r, g, b], ...]} there'
         raise TokenstepError(f"{path}: cannot be read ({fault.strerror}); {remedy}") from fault
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise TokenstepError(f"{path}: is not JSON ({fault}); correct it") from fault
     names = content.get("names") if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -166,7 +166,8 @@ class LabelledFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def median_long_side(self) -> int:
         """The median long side in pixels of at most 1000 pictures, as their labels' headers say."""
-        sizes = [picture_size(path) for path in self.thinned(1000).labels]
+        labels = self.thinned(1000).labels
+        sizes = [picture_size(path, remedy=LABEL_AGAIN) for path in labels]
         return round(float(np.median([max(size) for size in sizes])))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

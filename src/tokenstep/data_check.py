@@ -80,7 +80,7 @@ def _known(cache: Path) -> list[str]:
 def check_folder(root: Path, *, progress: Progress = lambda done, total: None) -> Verdict:
     """Read every picture and label of a labelled folder once.
 
-    `progress` gets how many pairs are read, of how many.
+    `progress` gets how many pairs and files without a partner are read, of how many.
 
     Raises:
         TokenstepError: there is no such folder, or no split in it. All else is a fault.
@@ -111,7 +111,8 @@ def check_parts(
     """Read every picture and label of `parts` once."""
     pixels, values = {}, {}
     faults: list[Fault] = []
-    done, total = 0, sum(len(part.pairs) for part in parts)
+    files = sum(2 * len(part.pairs) + len(part.alone) for part in parts)
+    done, total = 0, sum(len(part.pairs) + len(part.alone) for part in parts)
     with ThreadPoolExecutor(_READERS) as readers:
         for part in parts:
             counts = torch.zeros(256, dtype=torch.int64)
@@ -120,10 +121,30 @@ def check_parts(
                 counts += count
                 done += 1
                 progress(done, total)
+            for found in readers.map(_check_alone, part.alone):
+                faults += found
+                done += 1
+                progress(done, total)
             faults += class_faults(part, classes, counts)
             pixels[part.title] = dict(zip(classes.names, counts.tolist(), strict=False))
             values[part.title] = counts.nonzero().flatten().tolist()
-    return Verdict(2 * total, pixels, values, tuple(faults))
+    return Verdict(files, pixels, values, tuple(faults))
+
+
+def _check_alone(path: Path) -> list[Fault]:
+    """The fault of a picture without a label, or of a label without a picture, if it has one."""
+    try:
+        if path.parent.name == "labels":
+            read_indices(path)
+        else:
+            read_picture(path)
+    except TokenstepError as error:
+        return [_fault(path, _kind(error), error)]
+    return []
+
+
+def _kind(error: TokenstepError) -> str:
+    return "wrong-kind" if isinstance(error, WrongKind) else "unreadable"
 
 
 def _check_pair(pair: tuple[Path, Path], classes: Classes) -> tuple[list[Fault], Tensor]:
@@ -137,8 +158,7 @@ def _check_pair(pair: tuple[Path, Path], classes: Classes) -> tuple[list[Fault],
     try:
         values = torch.from_numpy(read_indices(label))
     except TokenstepError as error:
-        kind = "wrong-kind" if isinstance(error, WrongKind) else "unreadable"
-        return [*faults, _fault(label, kind, error)], torch.zeros(256, dtype=torch.int64)
+        return [*faults, _fault(label, _kind(error), error)], torch.zeros(256, dtype=torch.int64)
     counts = torch.bincount(values.flatten(), minlength=256)
     strange = outside(counts.nonzero().flatten().tolist(), len(classes.names))
     if strange is not None:
@@ -187,14 +207,17 @@ def _whole_split(folder: Path, classes: Classes) -> tuple[Part, list[Fault]]:
         for label in missing:
             text = f"its label {label} is missing; a command that reads this split refuses it"
             faults.append(Fault(str(owner[label]), "no-label", "warning", text))
+    paired = {path for path, _ in pairs}
+    alone = [path for path in pictures if path not in paired]
     if (folder / "labels").is_dir():
         for label in sorted((folder / "labels").iterdir()):
             named = label.name.endswith(classes.label_suffix) and not label.name.startswith(".")
             if named and label not in owner:
+                alone.append(label)
                 text = "is the label of no picture; add the picture or remove the label"
                 faults.append(Fault(str(label), "no-picture", "warning", text))
     least = len(classes.names) if folder.name == "train" else 2
-    return Part(folder.name, folder, pairs, least), faults
+    return Part(folder.name, folder, pairs, least, tuple(alone)), faults
 
 
 def _twins(parts: Sequence[Part], faulty: Collection[str]) -> list[Fault]:

@@ -33,13 +33,15 @@ class Fault:
 class Part:
     """Pictures with their labels that are used together: a split, or what patterns pick of it.
 
-    `folder` is the split's. Fewer than `least` classes with a pixel are an error.
+    `folder` is the split's. Fewer than `least` classes with a pixel are an error. `alone` are
+    pictures without a label of their own and labels without a picture.
     """
 
     title: str
     folder: Path
     pairs: tuple[tuple[Path, Path], ...]
     least: int
+    alone: tuple[Path, ...] = ()
 
 
 def part_of(folder: LabelledFolder, least: int) -> Part:
@@ -51,7 +53,7 @@ def part_of(folder: LabelledFolder, least: int) -> Part:
 def class_faults(part: Part, classes: Classes, counts: Tensor) -> list[Fault]:
     """Classes without a pixel in `part`, from the pixels of each index, ``counts (256,)`` int64.
 
-    What would be an error is a warning where the classes allow empty ones.
+    What would be an error is a warning where the classes allow empty ones, unless no pixel has one.
     """
     total, ignored = int(counts.sum()), int(counts[IGNORE])
     pixels = counts[: len(classes.names)].tolist()
@@ -61,7 +63,7 @@ def class_faults(part: Part, classes: Classes, counts: Tensor) -> list[Fault]:
         return []
     if ignored == total:
         text = f"all pixels of {part.title} are {IGNORE}, which is no class; label them"
-        return [Fault(file, "all-ignored", hard, text + _way_on(hard))]
+        return [Fault(file, "all-ignored", "error", text)]  # nothing can be learnt or scored
     # With one class alone every pixel that counts is right, whatever a model does.
     if len(pixels) == 1:
         text = f"{classes.names[0]!r} is the only class of {part.title}{_share(pixels, counts)}"
@@ -106,8 +108,13 @@ def empty_classes(folder: LabelledFolder) -> list[str]:
     for path in folder.labels:
         label = read_label(path, len(folder.classes.names))
         counts += torch.bincount(label.flatten(), minlength=256)
+    return class_warnings(folder, counts)
+
+
+def class_warnings(folder: LabelledFolder, counts: Tensor) -> list[str]:
+    """:func:`empty_classes` of a folder whose pixels of each index are known: ``(256,)`` int64."""
     faults = class_faults(part_of(folder, 1), folder.classes, counts)
     for fault in faults:
-        if fault.severity == "error" or fault.kind == "all-ignored":
+        if fault.severity == "error":
             raise TokenstepError(str(fault))
     return [fault.text for fault in faults]

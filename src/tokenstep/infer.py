@@ -73,7 +73,7 @@ def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) 
     """
     waiting: deque[Report | Future[Report]] = deque()
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
-        reads = _ahead(readers, paths, 2 * job.batch, job.max_side)
+        reads = _ahead(readers, paths, 2 * job.batch, job)
         warm = not job.compare
         try:
             while group := list(islice(reads, job.batch)):
@@ -95,27 +95,45 @@ def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) 
             _withdraw(waiting, job.out)
 
 
-def output_names(paths: Sequence[Path]) -> list[str]:
+def output_names(paths: Sequence[Path], out: Path | None = None) -> list[str]:
     """A distinct name for the results of each picture, in the order of ``paths``.
 
     It is the picture's stem, if no earlier picture has that name (in any case, since some file
     systems tell none apart). Else the suffix joins it (``x.jpg``, ``x.png`` give ``x``, ``x_png``)
     or, of a picture in another folder, the folder (``a/x.jpg``, ``b/x.jpg`` give ``x``, ``b_x``).
+    No result in ``out`` has the name of a picture there (``x.jpg``, ``x.overlay.jpg``).
     """
     names: list[str] = []
+    taken = set[str]() if out is None else _names_of_results(paths, out)
     owners: dict[str, Path] = {}
     for path in paths:
         other = owners.get(path.stem.casefold())
-        beside = other is not None and other.parent == path.parent
-        free = (name for name in _candidates(path, beside) if name.casefold() not in owners)
+        beside = path.stem.casefold() in taken or (
+            other is not None and other.parent == path.parent
+        )
+        candidates = _candidates(path, beside)
+        free = (name for name in candidates if name.casefold() not in {*owners, *taken})
         names.append(next(free))
         owners[names[-1].casefold()] = path
     return names
 
 
-def missing(paths: Sequence[Path], faults: Mapping[str, str]) -> list[Report]:
+def _names_of_results(paths: Sequence[Path], out: Path) -> set[str]:
+    """The names, without regard to case, whose results in ``out`` would be one of ``paths``."""
+    files = [path.resolve() for path in paths if path.name.casefold().endswith(_KINDS)]
+    return {
+        file.name.casefold().removesuffix(f".{kind}")
+        for file in files
+        for kind in _KINDS
+        if file.parent == out.resolve() and file.name.casefold().endswith(f".{kind}")
+    }
+
+
+def missing(
+    paths: Sequence[Path], faults: Mapping[str, str], out: Path | None = None
+) -> list[Report]:
     """The entries of what holds no picture, with names beside those of the pictures ``paths``."""
-    names = output_names([*paths, *map(Path, faults)])[len(paths) :]
+    names = output_names([*paths, *map(Path, faults)], out)[len(paths) :]
     return [
         {"file": file, "name": name, "error": fault}
         for name, (file, fault) in zip(names, faults.items(), strict=True)
@@ -139,10 +157,10 @@ def _candidates(path: Path, beside: bool) -> Iterator[str]:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, paths: Sequence[Path], size: int, max_side: int | None
+    pool: ThreadPoolExecutor, paths: Sequence[Path], size: int, job: SegmentJob
 ) -> Iterator[Report | _Picture]:
     """Read pictures in order, up to ``size`` ahead of the one that is asked for."""
-    rest = zip(paths, output_names(paths), repeat(max_side))
+    rest = zip(paths, output_names(paths, job.out), repeat(job.max_side))
     futures = deque(pool.submit(_read, *one) for one in islice(rest, size))
     while futures:
         yield futures.popleft().result()

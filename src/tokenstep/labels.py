@@ -14,6 +14,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.pictures import MAX_PIXELS, decode
 
 IGNORE = 255  # the label of a pixel that has no class
+LABEL_AGAIN = "save its class indices again as a PNG of one channel"
 
 
 class WrongKind(TokenstepError):
@@ -27,7 +28,7 @@ def read_indices(path: Path) -> NDArray[np.uint8]:
     colours. Raises `WrongKind` if the file is anything else, whatever its name, and
     `TokenstepError` if it cannot be read.
     """
-    image = decode(path, MAX_PIXELS, _with_format)
+    image = decode(path, MAX_PIXELS, _with_format, remedy=LABEL_AGAIN)
     if image.format != "PNG":
         raise WrongKind(f"{path}: is a {image.format} file; save class indices as a PNG")
     if image.mode not in ("1", "L", "P"):
@@ -51,7 +52,7 @@ def _grey_depth(path: Path) -> int:
     with path.open("rb") as file:
         head = file.read(25)
     if head[12:16] != b"IHDR":
-        raise WrongKind(f"{path}: is a PNG whose header does not come first; save it again")
+        raise WrongKind(f"{path}: is a PNG whose header does not come first; {LABEL_AGAIN}")
     return head[24]
 
 

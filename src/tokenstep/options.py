@@ -61,6 +61,8 @@ def max_side_of(given: str | None, *, tile: int | None = None) -> "MaxSide":
         return "auto" if tile is None else None
     if given.lower() == "none":
         return None
+    if len(given) > 9:  # of some thousand digits Python makes no number
+        raise TokenstepError(f"--max-side {given[:9]}...: give at most 9 digits, or none")
     if not (given.isdecimal() and int(given) >= 1):
         raise TokenstepError(f"--max-side {given}: give 1 or more pixels, or none")
     return int(given)

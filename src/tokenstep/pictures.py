@@ -36,6 +36,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 OUTPUTS = (".labels.png", ".overlay.jpg", ".tokens.jpg", ".figure.png")
 # Named, so that no file of a stranger reaches PIL's rarer decoders (EPS runs a program).
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how one begins, of 4 GiB or more too
+PICTURE_AGAIN = "save it again as an 8-bit RGB PNG or JPEG"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a path keeps one slash of two
 _LIMIT = threading.Lock()
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}(\..*)?")  # names that `_temporary` gives
@@ -95,6 +97,7 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     from the header, before any pixel is decoded). Warns by `PictureWarning` of a picture that is
     nearly black since its range is not known; `info["warnings"]` of the picture keeps the line.
     """
+    _check_file(os.fspath(path))  # as it is given: a path has one slash where an address has two
     path, notes, lower = Path(path), list[str](), None
     with _opened(path, max_pixels) as image:
         of = stored(image)
@@ -111,23 +114,28 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) 
     return picture
 
 
-def picture_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def picture_size(
+    path: Path, *, max_pixels: int = MAX_PIXELS, remedy: str = PICTURE_AGAIN
+) -> tuple[int, int]:
     """Width and height of a picture file as it is stored, from its header; raises as reading."""
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels, remedy) as image:
         return image.size
 
 
-def decode(path: Path, max_pixels: int, finish: Finish) -> Image.Image:
-    """Open, check the size, decode and `finish` one file; any fault is one `TokenstepError`."""
-    with _opened(path, max_pixels) as image:
+def decode(path: Path, max_pixels: int, finish: Finish, *, remedy: str) -> Image.Image:
+    """Open, check the size, decode and `finish` one file; any fault is one `TokenstepError`.
+
+    `remedy` is what to do about a file that cannot be decoded.
+    """
+    with _opened(path, max_pixels, remedy) as image:
         _load(image, max_pixels)
         return finish(image)
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: Path, max_pixels: int, remedy: str = PICTURE_AGAIN) -> Iterator[Image.Image]:
     """Open a file and check its size; any fault of it, later ones too, is a `TokenstepError`."""
-    _check_file(path)
+    _check_file(str(path))
     try:
         with _pixel_limit(max_pixels):
             image = Image.open(path, formats=_FORMATS)
@@ -140,12 +148,11 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         limit = f"has more than {max_pixels} pixels"
         raise TokenstepError(f"{path}: {limit}; scale it down or cut it up") from fault
     except UnidentifiedImageError as fault:
-        kinds = f"is no whole picture of a known kind; give {', '.join(_FORMATS)}"
-        raise TokenstepError(f"{path}: {kinds}") from fault
+        raise TokenstepError(f"{path}: {_unidentified(path, remedy)}") from fault
     except TokenstepError:
         raise
     except Exception as fault:  # on damaged files PIL's decoders raise errors of nearly any type
-        raise TokenstepError(f"{path}: {_undecodable(fault)}") from fault
+        raise TokenstepError(f"{path}: {_undecodable(fault, remedy)}") from fault
 
 
 def _load(image: Image.Image, max_pixels: int) -> None:
@@ -154,9 +161,19 @@ def _load(image: Image.Image, max_pixels: int) -> None:
         image.load()
 
 
-def _undecodable(fault: Exception) -> str:
+def _undecodable(fault: Exception, remedy: str = PICTURE_AGAIN) -> str:
     reason = " ".join(str(fault).split()) or type(fault).__name__
-    return f"cannot be decoded ({reason}); save it again as an 8-bit RGB PNG or JPEG"
+    return f"cannot be decoded ({reason}); {remedy}"
+
+
+def _unidentified(path: Path, remedy: str) -> str:
+    with path.open("rb") as file:
+        is_tiff = file.read(4) in _TIFF
+    if is_tiff:
+        known = "save it as 8-bit or 16-bit RGB" if remedy == PICTURE_AGAIN else remedy
+        return f"is a TIFF of a kind that cannot be decoded; {known}"
+    kinds = f"give {', '.join(_FORMATS)}" if remedy == PICTURE_AGAIN else remedy
+    return f"is no whole picture of a known kind; {kinds}"
 
 
 @contextmanager
@@ -173,13 +190,13 @@ def _pixel_limit(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: str) -> None:
     if os.path.isdir(path):
         raise TokenstepError(f"{path}: is a folder; name a picture file in it")
     if not os.path.isfile(path):
-        raise TokenstepError(_missing(str(path)))
+        raise TokenstepError(_missing(path))
     if os.path.getsize(path) == 0:
-        raise TokenstepError(f"{path}: is an empty file; copy or save the picture again")
+        raise TokenstepError(f"{path}: is an empty file; copy or save it again")
 
 
 def _missing(path: str) -> str:

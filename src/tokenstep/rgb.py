@@ -31,11 +31,13 @@ _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 class Stored:
     """What a file says of its pixels that a decoded image no longer does.
 
-    ``tags`` are those of a TIFF page; ``wide``: its colours have 16 bits, of which PIL keeps 8.
+    ``tags`` are those of a TIFF page; ``wide``: its colours have 16 bits, of which PIL keeps 8;
+    ``grey_bits``: those of a PNG's grey values where PIL spreads 2 or 4 of them to 8, else 8.
     """
 
     tags: Mapping[int, Any]
     wide: bool
+    grey_bits: int = 8
 
     def numbers(self, tag: int) -> list[float]:
         """The values of a tag, none if it is missing or holds no numbers."""
@@ -45,12 +47,30 @@ class Stored:
 
 
 def stored(image: Image.Image) -> Stored:
-    """What the file of an image says that is not decoded yet; of any other, what is left of it."""
+    """What the file of an image says that is not decoded yet; of any other, what is left of it.
+
+    Raises:
+        ValueError: PIL would decode it as something else, without a word.
+    """
     tiles = getattr(image, "tile", [])
-    wide = any(";16" in _raw_mode(one.args) for one in tiles)
+    modes = {_raw_mode(one.args) for one in tiles}
+    wide = any(";16" in mode for mode in modes)
     clear = image.info.get("transparency")
     wide = wide or (isinstance(clear, tuple) and max(clear) > 255)
-    return Stored(getattr(image, "tag_v2", {}), wide and image.mode in ("RGB", "RGBA"))
+    grey_bits = 2 if modes == {"L;2"} else 4 if modes == {"L;4"} else 8
+    tags = getattr(image, "tag_v2", {})
+    of = Stored(tags, wide and image.mode in ("RGB", "RGBA"), grey_bits)
+    if any(one.codec_name == "raw" for one in tiles) and _loses_planes(of, image.mode):
+        raise ValueError("its bands are uncompressed planes of another kind than 8-bit colours")
+    return of
+
+
+def _loses_planes(of: Stored, mode: str) -> bool:
+    """Whether PIL reads uncompressed planes as plain bytes that are none."""
+    if of.numbers(Base.PlanarConfiguration) != [2]:
+        return False
+    bits, polarity = of.numbers(Base.BitsPerSample), of.numbers(Base.PhotometricInterpretation)
+    return polarity == [0] or (bits[:1] != [8] and mode != "1")
 
 
 def _raw_mode(args: Any) -> str:
@@ -128,7 +148,7 @@ def upright_rgb(
         if "transparency" in image.info:
             alpha = _opaque(wide, image.info["transparency"], exact=lower is not None)
     elif image.has_transparency_data and image.mode != "RGBA":
-        layered = image.convert("RGBA")
+        layered = _clear_as_spread(image, of).convert("RGBA")
         picture, alpha = layered.convert("RGB"), layered.getchannel("A")
     else:
         picture = image.convert("RGB")
@@ -149,6 +169,15 @@ def _wide_values(
         return None
     upper = np.asarray(image)[..., :3].astype(np.uint16)
     return upper * 256 + (upper if lower is None else np.asarray(lower)[..., :3])
+
+
+def _clear_as_spread(image: Image.Image, of: Stored) -> Image.Image:
+    """The image with its transparent grey on the scale of its pixels, to which PIL leaves it."""
+    if of.grey_bits == 8:
+        return image
+    image, most = image.copy(), 2**of.grey_bits - 1
+    image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
+    return image
 
 
 def _opaque(

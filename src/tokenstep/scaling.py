@@ -23,10 +23,12 @@ def side_for(given: MaxSide, trained: int | None) -> int | None:
     Raises:
         TokenstepError: ``given`` is none of its kinds.
     """
-    if given is None or (type(given) is int and given >= 1):
-        return given
-    if given == "auto":
+    if given is None:
+        return None
+    if isinstance(given, str) and given == "auto":
         return trained
+    if isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= 1:
+        return int(given)
     kinds = 'give 1 or more pixels, None for the pictures as they are, or "auto"'
     raise TokenstepError(f"max_side is {given!r}: {kinds}")
 

@@ -104,6 +104,9 @@ class StepSegmenter(
         if not pictures:
             return []
         settings = self.config.settings if settings is None else settings
+        if not isinstance(settings, Settings):
+            kinds = "give tokenstep.Settings(...); Settings() is the dense model"
+            raise TokenstepError(f"settings is {settings!r}: {kinds}")
         device = cast(Tensor, self.mean).device
         clock = _Clock(device)
         # Moved as bytes: a quarter of what floats are.

@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tokenstep.config import DENSE, Settings
-from tokenstep.data import LabelledFolder
+from tokenstep.data import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.sums import FolderSums, ratio
 from tokenstep.explain.views import Rows, depth_name, look
+from tokenstep.faults import class_warnings
 from tokenstep.measure import require_same_classes
 from tokenstep.reliability import reliability_of
 from tokenstep.segmenter import StepSegmenter
@@ -36,6 +38,7 @@ def explain_folder(
     """Every number about a folder's tokens, as plain data: rows of tables.
 
     A picture that cannot be read or segmented is named in ``faults`` and the others go on.
+    ``warnings`` are lines on classes without a pixel.
 
     Raises:
         TokenstepError: the folder's classes are not the model's, no picture can be read, or no
@@ -61,7 +64,11 @@ def explain_folder(
         on_picture()
     if not sums.pictures:
         raise TokenstepError(faults[0]["error"])
-    return {**rows_of(sums), "faults": faults}
+    counts = torch.zeros(256, dtype=torch.int64)
+    counts[: len(sums.names)] = torch.from_numpy(sums.class_pixels[:-1])
+    counts[IGNORE] = int(sums.class_pixels[-1])
+    warnings = class_warnings(folder, counts)
+    return {**rows_of(sums), "warnings": warnings, "faults": faults}
 
 
 def worst(pictures: Sequence[dict[str, Any]], most: int = 10) -> list[str]:
