@@ -111,8 +111,8 @@ def output_names(paths: Sequence[Path], out: Path | None = None) -> list[str]:
         beside = path.stem.casefold() in taken or (
             other is not None and other.parent == path.parent
         )
-        candidates = _candidates(path, beside)
-        free = (name for name in candidates if name.casefold() not in {*owners, *taken})
+        folded = ((name, name.casefold()) for name in _candidates(path, beside))
+        free = (name for name, key in folded if key not in owners and key not in taken)
         names.append(next(free))
         owners[names[-1].casefold()] = path
     return names
