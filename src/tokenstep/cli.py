@@ -209,4 +209,5 @@ def train_segmenter_command(recipe: Path, overrides: Overrides = None) -> None:
     with _interruptible():
         train_segmenter(read)
     if is_main():
-        print(f"the model is in {read.out}; try: tokenstep evaluate --model {read.out} --data DIR")
+        data = f"--data {read.data.root} --split {read.data.val_split}"
+        print(f"the model is in {read.out}; try: tokenstep evaluate --model {read.out} {data}")
