@@ -20,10 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import tokenstep
-from tokenstep.bench import ways
-from tokenstep.cases import Case, fitting
-from tokenstep.machine import MIB
-from tokenstep.segmenter import StepSegmenter
+from tokenstep.measure.cases import Case, fitting
+from tokenstep.measure.machine import MIB
+from tokenstep.measure.speed import ways
+from tokenstep.model.segmenter import StepSegmenter
 
 
 def allocated_mib(call: Callable[[], object]) -> float:

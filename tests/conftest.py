@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from training import draw, policy_recipe
 
 from tokenstep.config import ModelConfig, PolicyConfig, VitConfig
-from tokenstep.segmenter import StepSegmenter
+from tokenstep.model.segmenter import StepSegmenter
 
 torch.set_num_threads(1)
 
@@ -67,7 +67,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def policy(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a policy that was trained there."""
-    from tokenstep.train import train_policy  # Lightning takes seconds, and few tests need it
+    from tokenstep.train.train import train_policy  # Lightning takes seconds, and few tests need it
 
     out = tmp_path_factory.mktemp("policy")
     train_policy(policy_recipe(drawn, out, 60), progress=False)

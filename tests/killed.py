@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from tokenstep.cli import main
-from tokenstep.phase import PhaseModule, SegmenterModule
-from tokenstep.recipes import PolicyRecipe, SegmenterRecipe
-from tokenstep.train import train_policy, train_segmenter
+from tokenstep.cli.main import main
+from tokenstep.train.phase import PhaseModule, SegmenterModule
+from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
+from tokenstep.train.train import train_policy, train_segmenter
 
 Recipe = PolicyRecipe | SegmenterRecipe
 Place = tuple[int, int]  # a phase, counted from 0, and how many of its steps are done
 
 # Its first process imports what training needs, and all others are copies of it.
 COPIES = multiprocessing.get_context("forkserver")
-COPIES.set_forkserver_preload(["tokenstep.cli", "tokenstep.train"])
+COPIES.set_forkserver_preload(["tokenstep.cli.main", "tokenstep.train.train"])
 
 
 def run(recipe: Recipe, die_at: Place | None = None) -> int:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from tokenstep.errors import TokenstepError
-from tokenstep.phase import PhaseModule
-from tokenstep.recipes import PolicyRecipe, SegmenterRecipe
-from tokenstep.train import train_policy, train_segmenter
+from tokenstep.train.phase import PhaseModule
+from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
+from tokenstep.train.train import train_policy, train_segmenter
 
 
 class Killed(Exception):

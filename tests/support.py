@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from tokenstep.model import superpatches
-from tokenstep.model.superpatches import Grid
-from tokenstep.model.unmerge import unmerge
-from tokenstep.result import Segmented
-from tokenstep.tokens import PackedTokens
+from tokenstep.core import partition
+from tokenstep.core.partition import Grid
+from tokenstep.core.tokens import PackedTokens
+from tokenstep.core.unmerge import unmerge
+from tokenstep.model.result import Segmented
 
 
 @torch.no_grad()
@@ -24,10 +24,10 @@ def scramble(module: nn.Module) -> None:
 
 def random_partition(grids: list[Grid], sizes: tuple[int, ...] = (2, 4)) -> Tensor:
     """A partition with superpatches of all sizes, drawn picture by picture."""
-    empty = superpatches.uniform(grids)
+    empty = partition.uniform(grids)
     height, width = empty.shape[1:]
     scores = [torch.rand(len(grids), height // size, width // size) for size in sizes]
-    return superpatches.from_scores(scores, sizes, [0.5] * len(sizes), empty)
+    return partition.from_scores(scores, sizes, [0.5] * len(sizes), empty)
 
 
 def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedTokens:

@@ -16,7 +16,7 @@ from tokenstep.config import (
     from_dict,
 )
 from tokenstep.errors import TokenstepError
-from tokenstep.recipes import (
+from tokenstep.train.recipe import (
     DataConfig,
     Phase,
     PolicyRecipe,

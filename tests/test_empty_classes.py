@@ -11,7 +11,7 @@ import pytest
 from conftest import CLASSES, TinyModel
 from samples import write_split
 
-from tokenstep import cli
+from tokenstep.cli import main
 
 MASK = np.where(np.arange(32 * 40).reshape(32, 40) < 160, 255, 0)  # an eighth is the object
 SAID = "'tree' has no pixel in test; 255 fills 12.5 % of it: a 0/255 mask?"
@@ -26,7 +26,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tokenstep", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         return int(caught.value.code or 0), *capsys.readouterr()
 
     return run

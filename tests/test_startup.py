@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 import tokenstep
-from tokenstep.choices import RIVALS
-from tokenstep.rivals import MAKERS
+from tokenstep.measure.choices import RIVALS
+from tokenstep.runtimes.rivals import MAKERS
 
 HEAVY = ["torch", "numpy", "timm", "PIL", "gradio", "matplotlib", "lightning", "huggingface_hub"]
 
 HELP = """
 import sys
 import typer
-from tokenstep.cli import app
+from tokenstep.cli.main import app
 
 def walk(command, path):
     yield path
@@ -50,7 +50,7 @@ def test_a_bare_import_knows_all_names_and_loads_none() -> None:
 
 
 def test_modules_can_be_had_after_a_bare_import() -> None:
-    for module in ("config", "data", "errors", "hub", "pictures", "segmenter", "tokens"):
+    for module in ("config", "errors", "hub"):
         code = f"import tokenstep; print(tokenstep.{module}.__name__)"
         assert fresh(code).strip() == f"tokenstep.{module}"
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tokenstep.config import PolicyConfig, Settings, VitConfig
-from tokenstep.recipes import DataConfig, Phase, PolicyRecipe, SegmenterRecipe, TrainerConfig
+from tokenstep.train.recipe import DataConfig, Phase, PolicyRecipe, SegmenterRecipe, TrainerConfig
 
 COLOURS = np.array([[40, 90, 200], [200, 60, 50], [240, 220, 60]])
 TRAINER = TrainerConfig(save_every=2, val_every=10_000, accelerator="cpu")

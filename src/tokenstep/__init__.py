@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings, VitConfig
+    from tokenstep.core.tokens import PackedTokens
     from tokenstep.errors import TokenstepError
     from tokenstep.hub import load, shipped_models
-    from tokenstep.result import Result, TokenUse
-    from tokenstep.segmenter import StepSegmenter
-    from tokenstep.tokens import PackedTokens
+    from tokenstep.model.result import Result, TokenUse
+    from tokenstep.model.segmenter import StepSegmenter
 
 __version__ = "0.1.0"
 
@@ -35,11 +35,9 @@ _MODULES = {
     "config": ("DENSE", "ModelConfig", "PolicyConfig", "Settings", "VitConfig"),
     "errors": ("TokenstepError",),
     "hub": ("load", "shipped_models"),
-    "result": ("Result", "TokenUse"),
-    "segmenter": ("StepSegmenter",),
-    "tokens": ("PackedTokens",),
-    "data": (),
-    "pictures": (),
+    "model.result": ("Result", "TokenUse"),
+    "model.segmenter": ("StepSegmenter",),
+    "core.tokens": ("PackedTokens",),
 }
 
 if not TYPE_CHECKING:  # to a type checker a name that is none must be one

@@ -1,6 +1,6 @@
 """``python -m tokenstep``: the command line."""
 
-from tokenstep.cli import main
+from tokenstep.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tokenstep.errors import TokenstepError
-from tokenstep.segmenter import CONFIG, StepSegmenter
+from tokenstep.model.segmenter import CONFIG, StepSegmenter
 
 SHIPPED = Path(__file__).parent / "weights"
 

@@ -8,14 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 from tokenstep.config import DENSE, Settings
-from tokenstep.data import IGNORE, LabelledFolder
+from tokenstep.data.faults import class_warnings
+from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.sums import FolderSums, ratio
 from tokenstep.explain.views import Rows, depth_name, look
-from tokenstep.faults import class_warnings
-from tokenstep.measure import require_same_classes
-from tokenstep.reliability import reliability_of
-from tokenstep.segmenter import StepSegmenter
+from tokenstep.measure.quality import require_same_classes
+from tokenstep.measure.reliability import reliability_of
+from tokenstep.model.segmenter import StepSegmenter
 
 STEP = "step"  # the way that is explained; the others are there to hold it against
 

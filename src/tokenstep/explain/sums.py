@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenstep.data import IGNORE
+from tokenstep.data.labelled_folder import IGNORE
 from tokenstep.explain.views import Rows, View, over_pixels
-from tokenstep.metrics import Tally, interior
-from tokenstep.reliability import bin_sums, sub_cell_labels
-from tokenstep.result import Result
-from tokenstep.segmenter import StepSegmenter
+from tokenstep.measure.metrics import Tally, interior
+from tokenstep.measure.reliability import bin_sums, sub_cell_labels
+from tokenstep.model.result import Result
+from tokenstep.model.segmenter import StepSegmenter
 
 LEVELS = 16  # more than superpatches have: a side of 2 ** 15 patches
 

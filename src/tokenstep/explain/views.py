@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.config import Settings
-from tokenstep.data import IGNORE
-from tokenstep.model.exits import DeepSupervision, confidence_of
-from tokenstep.model.unmerge import rows_of_cells, unmerge
-from tokenstep.result import Result, TokenUse
-from tokenstep.segmenter import StepSegmenter
+from tokenstep.core.unmerge import rows_of_cells, unmerge
+from tokenstep.data.labelled_folder import IGNORE
+from tokenstep.model.result import Result, TokenUse
+from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.reducers.exits import DeepSupervision, confidence_of
 
 Rows = list[dict[str, Any]]  # of a table; one key per column
 

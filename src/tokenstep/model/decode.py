@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tokenstep import ragged
+from tokenstep.core import ragged
+from tokenstep.core.ragged import Segments
+from tokenstep.core.tokens import PackedTokens
+from tokenstep.core.unmerge import sub_cell_index
 from tokenstep.model.encoder import EncoderSettings, run_block
-from tokenstep.model.unmerge import sub_cell_index
-from tokenstep.ragged import Segments
-from tokenstep.tokens import PackedTokens
 
 
 class LinearDecoder(nn.Module):

@@ -22,11 +22,11 @@ from timm.models.vision_transformer import (  # type: ignore[attr-defined]  # li
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenstep import ragged
-from tokenstep.model.attention import Backend, packed_attention, with_size_bias
-from tokenstep.ragged import Segments
+from tokenstep.core import ragged
+from tokenstep.core.attention import Backend, packed_attention, with_size_bias
+from tokenstep.core.ragged import Segments
+from tokenstep.core.tokens import PackedTokens
 from tokenstep.reducers.base import Reducer, apply
-from tokenstep.tokens import PackedTokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenstep.model.superpatches import Grid
+from tokenstep.core.partition import Grid
 
 
 def resampled(maps: Tensor, grid: Grid) -> Tensor:

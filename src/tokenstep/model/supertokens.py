@@ -14,10 +14,10 @@ from timm.layers import PatchEmbed  # type: ignore[attr-defined]  # timm's re-ex
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokenstep import ragged
+from tokenstep.core import ragged
+from tokenstep.core.partition import Grid, grid_of, halved, uniform
+from tokenstep.core.tokens import PackedTokens
 from tokenstep.model.positions import resampled
-from tokenstep.model.superpatches import Grid, grid_of, halved, uniform
-from tokenstep.tokens import PackedTokens
 
 Places = tuple[Tensor, Tensor, Tensor]  # picture, row and column of superpatches of one side
 

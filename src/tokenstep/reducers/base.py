@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tokenstep.tokens import PackedTokens
+from tokenstep.core.tokens import PackedTokens
 
 
 @dataclass(frozen=True, slots=True)

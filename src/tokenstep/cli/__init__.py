@@ -1,0 +1,1 @@
+"""The command line: `main`, and a file per group of commands."""

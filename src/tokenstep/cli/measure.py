@@ -1,0 +1,181 @@
+"""The commands that measure on labelled pictures: evaluate, calibrate, compare."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenstep.cli import tables
+from tokenstep.cli.options import (
+    Data,
+    Device,
+    Exits,
+    MaxLoss,
+    Merge,
+    ModelName,
+    Names,
+    Threads,
+    choose,
+    load_model,
+    numbers,
+)
+from tokenstep.errors import TokenstepError
+from tokenstep.measure.choices import PARTITIONS, Search
+from tokenstep.terminal import as_json, console, progress_bar, require_extra
+
+app = typer.Typer()
+
+
+@app.command("evaluate")
+def evaluate_command(
+    data: Data,
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    names: Names = None,
+    partition: Annotated[str, typer.Option(help=f"One of {', '.join(PARTITIONS)}.")] = "policy",
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Impurity that the oracle lets pass.")
+    ] = 0.0,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure dense and reduced side by side: mIoU, boundaries, tokens, GMAC, seconds."""
+    from tokenstep.data.labelled_folder import LabelledFolder
+    from tokenstep.data.pictures import require_writable, write_text
+    from tokenstep.measure.evaluate import evaluate
+    from tokenstep.measure.quality import Run
+
+    source = next((known for known in PARTITIONS if known == partition), None)
+    if source is None:
+        raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITIONS)}")
+    printed = json_file == Path("-")
+    if json_file is not None and not printed:
+        if json_file.is_dir():
+            raise TokenstepError(f"--json {json_file}: is a folder; name a file in it")
+        require_writable(json_file.parent)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    run = Run(settings, source, tolerance)
+    with progress_bar() as progress:
+        task = progress.add_task("evaluate", total=len(folder))
+        found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
+    of = {"model": model, "data": data.resolve().name, "split": split}
+    report = {**of, **found, "point": point and asdict(point)}
+    if printed:
+        print(as_json(report))
+        return
+    if json_file is not None:
+        write_text(json_file, as_json(report) + "\n")
+    console.print(tables.evaluated(report))
+    print(tables.warned(report["warnings"]), end="")
+
+
+@app.command("calibrate")
+def calibrate_command(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the calibrated model.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="Never the one to report on.")] = "val",
+    names: Names = None,
+    sample: Annotated[
+        int, typer.Option(min=1, help="Pictures to search on; the best are measured on all.")
+    ] = Search.sample,
+    confirm: Annotated[
+        int, typer.Option(min=1, help="How many settings to measure on all pictures.")
+    ] = Search.confirm,
+    prices: Annotated[
+        str, typer.Option(help="Impure patches that a superpatch may bring; a merging for each.")
+    ] = ",".join(map(str, Search.prices)),
+    bars: Annotated[str, typer.Option(help="Confidences at which tokens halt.")] = ",".join(
+        map(str, Search.bars)
+    ),
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in fp16.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Search the thresholds that cost least for what they lose, and store them in the model.
+
+    Killed, it goes on where it was when the same command is given again.
+    """
+    from tokenstep.data.labelled_folder import LabelledFolder
+    from tokenstep.data.pictures import write_text
+    from tokenstep.measure.calibrate import calibrate
+    from tokenstep.model.card import write_card
+    from tokenstep.train.lock import held
+    from tokenstep.train.run_folder import card_of
+
+    search = Search(
+        numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
+    )
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    with held(out), progress_bar() as progress:
+        tasks = {name: progress.add_task(name, total=None) for name in ("search", "confirm")}
+        found = calibrate(
+            network,
+            folder,
+            out / "calibration.notes.json",
+            search=search,
+            progress=lambda stage, done, total: progress.update(
+                tasks[stage], completed=done, total=total
+            ),
+        )
+        (network.half() if half else network).save_pretrained(out)
+        write_card(out, card_of(out, network.config))
+        report = {"model": model, "data": data.resolve().name, **found}
+        write_text(out / "calibration.json", as_json(report) + "\n")
+    console.print(tables.calibrated(report))
+    print(f"saved to {out}; try: tokenstep evaluate --model {out} --data DIR --max-loss 0.5")
+
+
+@app.command("compare")
+def compare_command(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for compare.json, .md and .png.")],
+    model: ModelName = "road",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    names: Names = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Another model of the same classes, run dense.")
+    ] = None,
+    max_loss: MaxLoss = None,
+    merge: Merge = None,
+    exits: Exits = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure STEP beside what a user would do instead, all in one run: a table and a figure."""
+    require_extra("matplotlib", extra="plot")
+    from tokenstep.data.faults import empty_classes
+    from tokenstep.data.labelled_folder import LabelledFolder
+    from tokenstep.data.pictures import require_writable, write_text, write_whole
+    from tokenstep.measure.compare import compare, figure, markdown
+    from tokenstep.measure.quality import require_same_classes
+
+    require_writable(out)
+    folder = LabelledFolder(data, split, names=names)
+    network = load_model(model, device, threads)
+    settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    require_same_classes(network, folder)
+    warnings = empty_classes(folder)
+    others = [(name, load_model(name, device, threads)) for name in also or []]
+    with progress_bar() as progress:
+        task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
+        rows = compare(
+            network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
+        )
+    of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
+    write_text(out / "compare.json", as_json({**of, "warnings": warnings, "rows": rows}) + "\n")
+    text = markdown(rows) + tables.warned(warnings)
+    write_text(out / "compare.md", text)
+    title = f"{model} on {of['data']} {split}, {len(folder)} pictures"
+    write_whole(out / "compare.png", lambda path: figure(rows, path, title))
+    print(text, end="")

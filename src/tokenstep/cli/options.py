@@ -1,0 +1,156 @@
+"""Options that several commands share, and what they stand for."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.errors import TokenstepError
+
+if TYPE_CHECKING:
+    from tokenstep.data.scaling import MaxSide
+    from tokenstep.model.segmenter import StepSegmenter
+
+Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
+Merge = Annotated[
+    str | None,
+    typer.Option(help="Merge thresholds, one per superpatch size, as 0.6,0.6,0.6,0.6; 'off'."),
+]
+Exits = Annotated[
+    str | None, typer.Option(help="Exit thresholds, one per exit, as 0.95,0.9; 'off'.")
+]
+Names = Annotated[
+    list[str] | None, typer.Option(help="Patterns of picture names; '!' before one excludes.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Recipe values to change, as data.root=DIR.")
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Points of mIoU that may be lost, as calibrated; 0 is dense. Else the model's own.",
+    ),
+]
+
+Side = Annotated[
+    str | None,
+    typer.Option(
+        "--max-side",
+        metavar="PIXELS|none",
+        help="Scale larger pictures down to this long side first; none: never. [the scale that the "
+        "model was trained at, if it has one]",
+    ),
+]
+
+
+def max_side_of(given: str | None, *, tile: int | None = None) -> "MaxSide":
+    """What ``--max-side`` asks for, beside a ``--tile`` that is for pictures as they are.
+
+    Raises:
+        TokenstepError: the option is neither a number of pixels nor none.
+    """
+    if given is None:
+        return "auto" if tile is None else None
+    if given.lower() == "none":
+        return None
+    if len(given) > 9:  # of some thousand digits Python makes no number
+        raise TokenstepError(f"--max-side {given[:9]}...: give at most 9 digits, or none")
+    if not (given.isdecimal() and int(given) >= 1):
+        raise TokenstepError(f"--max-side {given}: give 1 or more pixels, or none")
+    return int(given)
+
+
+def scale_note(count: int, side: int, given: str | None) -> str:
+    """That ``count`` pictures were scaled down to ``side``, and how to have it otherwise."""
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    text = f"{pictures} scaled down to a long side of {side} px"
+    if given is not None:
+        return text
+    return f"{text}, the scale that the model was trained at (--max-side none: as they are)"
+
+
+def load_model(name: str, device: str, threads: int | None) -> "StepSegmenter":
+    """Load a model onto a device."""
+    import torch
+
+    from tokenstep.hub import device_of, load
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        device = device_of(device)
+    except TokenstepError as fault:
+        raise TokenstepError(f"--{fault}") from fault
+    return load(name, device=device)
+
+
+def choose(
+    model: "StepSegmenter",
+    *,
+    dense: bool = False,
+    max_loss: float | None = None,
+    merge: str | None = None,
+    exits: str | None = None,
+) -> tuple[Settings, OperatingPoint | None]:
+    """The settings that the options ask for, and the operating point that they are, if one.
+
+    Raises:
+        TokenstepError: the options contradict each other or do not fit the model.
+    """
+    by_hand = merge is not None or exits is not None
+    if dense and (by_hand or max_loss is not None):
+        raise TokenstepError("--dense: leave out --max-loss, --merge and --exits")
+    if max_loss is not None and by_hand:
+        raise TokenstepError("--max-loss: chooses the thresholds; leave out --merge and --exits")
+    if dense:
+        return DENSE, None
+    if max_loss is not None:
+        point = model.config.point_within(max_loss)
+        return (DENSE, None) if point is None else (point.settings, point)
+    settings = _by_hand(model, merge, exits)
+    known = (point for point in model.config.points if point.settings == settings)
+    return settings, next(known, None)
+
+
+def _by_hand(model: "StepSegmenter", merge: str | None, exits: str | None) -> Settings:
+    """The model's own settings with what the command line changes."""
+    settings = model.config.settings
+    if merge is not None:
+        sizes = model.config.policy.sizes
+        settings = replace(settings, merge=_thresholds("--merge", merge, sizes, "superpatch size"))
+    if exits is not None:
+        after = model.config.vit.exits
+        settings = replace(settings, exits=_thresholds("--exits", exits, after, "exit"))
+    model.config.check(settings)
+    return settings
+
+
+def _thresholds(option: str, text: str, of: tuple[int, ...], what: str) -> tuple[float, ...]:
+    if text == "off":
+        return ()
+    values = numbers(option, text, "numbers such as 0.6,0.6, or off")
+    if not of:
+        raise TokenstepError(f"{option} {text}: the model has no {what}; leave {option} out")
+    if len(values) != len(of):
+        raise TokenstepError(f"{option} {text}: give {len(of)} values, one per {what} {of}")
+    return values
+
+
+def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> tuple[float, ...]:
+    """The numbers of a list such as 0.6,0.6.
+
+    Raises:
+        TokenstepError: the text is no such list; says what is ``wanted``.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise TokenstepError(f"{option} {text}: give {wanted}") from error

@@ -1,0 +1,1 @@
+"""What a token is: packed tokens, partitions, attention and unmerging; torch alone."""

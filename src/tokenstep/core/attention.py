@@ -1,0 +1,112 @@
+"""The kernel seam: attention over packed tokens, one back end behind one signature."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenstep.core import ragged
+from tokenstep.core.ragged import Segments
+
+Backend = Literal["auto", "loop", "padded", "varlen"]
+BACKENDS: tuple[Backend, ...] = ("auto", "loop", "padded", "varlen")
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Segments,
+    scale: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Let each row attend to the rows of its own picture.
+
+    ``q``, ``k``, ``v`` are ``(T, heads, d)``; the result is ``(T, heads, d)``. ``loop`` calls the
+    fused kernel once per picture and is the reference; ``padded`` calls it once with a key mask;
+    ``varlen`` is CUDA's flash kernel for fp16 and bf16. ``auto`` takes ``varlen`` where it runs,
+    ``padded`` on CUDA in fp32, ``loop`` on the CPU.
+
+    Raises:
+        ValueError: an unknown back end, or ``varlen`` where it cannot run.
+    """
+    match pick_backend(backend, q):
+        case "loop":
+            return _loop(q, k, v, segments=segments, scale=scale)
+        case "padded":
+            return _padded(q, k, v, segments=segments, scale=scale)
+        case "varlen":
+            return _varlen(q, k, v, segments=segments, scale=scale)
+        case unknown:
+            raise ValueError(f"unknown attention back end {unknown!r}, choose from {BACKENDS}")
+
+
+def pick_backend(backend: Backend, q: Tensor) -> Backend:
+    """Resolve ``auto`` for the device and dtype of ``q``."""
+    flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if backend == "varlen" and not flash:
+        raise ValueError(
+            f"attention back end 'varlen' needs fp16 or bf16 on CUDA, got {q.dtype} on "
+            f"{q.device.type}: choose 'loop' or 'padded'"
+        )
+    if backend != "auto":
+        return backend
+    if flash:
+        return "varlen"
+    return "padded" if q.is_cuda else "loop"
+
+
+def with_size_bias(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor, scale: float) -> list[Tensor]:
+    """Add ``log(size)`` of the key to every logit, in a form that fused kernels take.
+
+    One more channel carries it (``q' = [q, 1]``, ``k' = [k, log(size) / scale]``), padded to a
+    multiple of 8, so that a supertoken weighs as much as the patches it stands for (proportional
+    attention of ToMe, arXiv 2210.09461). ``size`` is ``(T,)``; the caller cuts the result's
+    channels back to those of ``v`` and passes the unpadded ``scale`` on.
+    """
+    rows, heads, width = q.shape
+    wide = biased_width(width)
+    q_wide, k_wide, v_wide = (F.pad(t, (0, wide - width)) for t in (q, k, v))
+    channel = torch.zeros(wide, dtype=torch.bool, device=q.device)
+    channel[width] = True
+    bias = (size.to(torch.float32).log() / scale).to(k.dtype).view(rows, 1, 1)
+    q_wide = torch.where(channel, q.new_ones(()), q_wide)
+    k_wide = torch.where(channel, bias.expand(rows, heads, wide), k_wide)
+    return [q_wide, k_wide, v_wide]
+
+
+def biased_width(width: int) -> int:
+    """Channels a head of ``width`` has with the size bias: one more, up to a multiple of 8."""
+    return -(-(width + 1) // 8) * 8
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:
+    pieces = []
+    for rows in zip(*(torch.split(t, list(segments.lengths)) for t in (q, k, v)), strict=True):
+        # (n, heads, d) -> (1, heads, n, d), a view: the kernel takes strides
+        q1, k1, v1 = (t.transpose(0, 1)[None] for t in rows)
+        one = F.scaled_dot_product_attention(q1, k1, v1, scale=scale)
+        pieces.append(one[0].transpose(0, 1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:
+    offsets, longest = segments.offsets, segments.longest
+    q4, k4, v4 = (ragged.pad(t, offsets, longest).transpose(1, 2) for t in (q, k, v))
+    real = torch.arange(longest, device=q.device) < offsets.diff().unsqueeze(1)
+    out = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=real[:, None, None], scale=scale)
+    return ragged.unpad(out.transpose(1, 2), offsets, len(q))
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = segments.offsets.to(torch.int32)
+    longest = segments.longest
+    # Only the first seven arguments are portable between releases, and their scale is fixed at
+    # 1 / sqrt(d): another scale goes into the queries.
+    q = q * (scale * q.shape[-1] ** 0.5)
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    return out if isinstance(out, Tensor) else out[0]

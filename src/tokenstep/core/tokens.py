@@ -1,0 +1,143 @@
+"""The one central type: all live tokens of a batch, packed, and what has halted.
+
+Axis letters, here and everywhere: ``B`` pictures, ``T`` live rows, ``A`` halted rows,
+``D`` features, ``C`` classes, ``S`` sub-cells of logits per token, ``H x W`` the patch grid,
+``h x w`` pixels. A *cell* is one patch of the grid; cells are numbered flat over ``(B, H, W)``.
+
+A token is named by one cell that it speaks for (its *anchor*), and every cell knows its speaker
+(its *owner*). Merging renames cells, halting removes rows, no cell ever moves: so going back to
+the grid is one gather at any depth, whatever was merged or halted on the way.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokenstep.core import ragged
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """Tokens that left the sequence; their logits are final."""
+
+    anchor: Tensor  # (A,) int64
+    logits: Tensor  # (A, S, C)
+    layer: Tensor  # (A,) int64, number of blocks that the token ran through
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTokens:
+    """All live tokens of a batch in one flat tensor, picture after picture.
+
+    Raises:
+        ValueError: the fields' lengths disagree.
+    """
+
+    x: Tensor  # (T, D) features; prefix rows (CLS, registers) first in every picture
+    offsets: Tensor  # (B + 1,) int64: picture b has rows offsets[b]:offsets[b + 1]
+    size: Tensor  # (T,) int64, grid cells that the row speaks for; 1 for a prefix row
+    anchor: Tensor  # (T,) int64, flat index of the cell that names the row; -1 for a prefix row
+    owner: Tensor  # (B, H, W) int64, anchor of the token that speaks for the cell; -1 outside
+    halted: Halted | None = None
+
+    def __post_init__(self) -> None:
+        rows = {len(self.x), len(self.size), len(self.anchor)}
+        if len(rows) != 1:
+            raise ValueError(f"x, size and anchor must have one length, got {sorted(rows)}")
+        if self.owner.ndim != 3 or len(self.owner) != len(self.offsets) - 1:
+            raise ValueError(
+                f"owner must be (B, H, W) with B = {len(self.offsets) - 1}, "
+                f"got {tuple(self.owner.shape)}"
+            )
+
+    @property
+    def is_prefix(self) -> Tensor:
+        """Mask ``(T,)`` of CLS and register rows."""
+        return self.anchor < 0
+
+    def picture(self) -> Tensor:
+        """Picture of each row, ``(T,)`` int64."""
+        return ragged.picture_of(self.offsets, len(self.x))
+
+    def with_features(self, x: Tensor) -> "PackedTokens":
+        """The same tokens with new features ``x (T, D)``."""
+        return replace(self, x=x)
+
+    def merge(self, into: Tensor) -> "PackedTokens":
+        """Merge each row ``r`` into row ``into[r]``; a row with ``into[r] == r`` survives.
+
+        Features become the mean weighted by size; the survivor speaks for all cells. ``into`` is
+        ``(T,)`` int64.
+
+        Raises:
+            ValueError: ``into`` has another length than the rows, or a row would merge into one
+                that does not survive, lies in another picture, or is a prefix row; or the reverse.
+        """
+        if into.shape != self.anchor.shape:
+            raise ValueError(f"into must be ({len(self.x)},), got {tuple(into.shape)}")
+        keep = into == torch.arange(len(into), device=into.device)
+        picture, speaks = self.picture(), ~self.is_prefix
+        legal = keep | (speaks & speaks[into] & keep[into] & (picture[into] == picture))
+        # One trip to the host for both numbers.
+        survivors, faults = torch.stack([keep.sum(), (~legal).sum()]).tolist()
+        if faults:
+            raise ValueError(
+                f"{faults} rows would merge into a row that does not survive, lies in another "
+                "picture or is a prefix row"
+            )
+        target = (keep.cumsum(0) - 1)[into]
+        # In fp32, since the sum over a large superpatch leaves the range of fp16.
+        exact = torch.promote_types(self.x.dtype, torch.float32)
+        weight = self.size.to(exact).unsqueeze(1)
+        total = weight.new_zeros(survivors, 1).index_add(0, target, weight)
+        mixed = weight.new_zeros(survivors, self.x.shape[1])
+        mixed = mixed.index_add(0, target, self.x.to(exact) * weight) / total
+        size = self.size.new_zeros(survivors).index_add(0, target, self.size)
+
+        renamed = torch.arange(self.owner.numel(), device=into.device)
+        renamed[self.anchor[speaks]] = self.anchor[into[speaks]]
+        owner = torch.where(self.owner < 0, self.owner, renamed[self.owner.clamp(min=0)])
+        return replace(
+            self,
+            x=mixed.to(self.x.dtype),
+            offsets=ragged.kept_offsets(keep, self.offsets),
+            size=size,
+            anchor=self.anchor[keep],
+            owner=owner,
+        )
+
+    def halt(self, done: Tensor, logits: Tensor, layer: int) -> "PackedTokens":
+        """Take the rows of the mask ``done (T,)`` out of the sequence with their final logits.
+
+        ``logits (A, S, C)`` are those of the rows that leave, in their order; ``layer`` is the
+        number of blocks run.
+
+        Raises:
+            ValueError: ``done`` has another length than the rows, or ``logits`` than those that
+                leave; or a prefix row would halt.
+        """
+        if done.shape != self.anchor.shape:
+            raise ValueError(f"done must be ({len(self.x)},), got {tuple(done.shape)}")
+        leave = done.nonzero().squeeze(1)
+        stay = (~done).nonzero().squeeze(1)
+        if len(logits) != len(leave):
+            raise ValueError(f"{len(leave)} rows halt but logits are given for {len(logits)}")
+        if bool((self.anchor[leave] < 0).any()):
+            raise ValueError("prefix rows never halt")
+        new = Halted(self.anchor[leave], logits, torch.full_like(leave, layer))
+        if self.halted is not None:
+            old = self.halted
+            new = Halted(
+                torch.cat([old.anchor, new.anchor]),
+                torch.cat([old.logits, new.logits]),
+                torch.cat([old.layer, new.layer]),
+            )
+        return replace(
+            self,
+            x=self.x[stay],
+            offsets=ragged.kept_offsets(~done, self.offsets),
+            size=self.size[stay],
+            anchor=self.anchor[stay],
+            halted=new,
+        )

@@ -1,0 +1,70 @@
+"""Stage 5 of 6: one value per token -> one value per cell, or per sub-cell.
+
+A token predicts ``side x side`` sub-cells, spread over each superpatch that it speaks for: a
+single patch is cut into ``side ** 2`` parts, and a superpatch of 4x4 patches into as many larger
+ones, so that a supertoken can carry a boundary.
+"""
+
+import torch
+from torch import Tensor
+
+from tokenstep.core.tokens import PackedTokens
+
+
+def rows_of_cells(tokens: PackedTokens) -> Tensor:
+    """Row that speaks for each cell, ``(B, H, W)`` int64; -1 outside the picture.
+
+    Rows count through the live tokens and then the halted ones, as :func:`token_values` lays them.
+    """
+    anchor = tokens.anchor
+    if tokens.halted is not None:
+        anchor = torch.cat([anchor, tokens.halted.anchor])
+    speaks = anchor >= 0
+    row = torch.full((tokens.owner.numel(),), -1, dtype=torch.int64, device=anchor.device)
+    row[anchor[speaks]] = speaks.nonzero().squeeze(1)
+    return torch.where(tokens.owner < 0, -1, row[tokens.owner.clamp(min=0)])
+
+
+def token_values(live: Tensor, halted: Tensor | None) -> Tensor:
+    """Values of all tokens ``(T + A, ...)``: live rows first, then halted ones."""
+    return live if halted is None else torch.cat([live, halted])
+
+
+def sub_cell_index(rows: Tensor, level: Tensor, side: int) -> Tensor:
+    """Index of each sub-cell's value in ``(rows * side ** 2)`` flat values.
+
+    ``rows`` and ``level`` are ``(..., H, W)`` (:func:`rows_of_cells` and the partition); the
+    result is ``(..., H * side, W * side)``, -1 where ``rows`` is.
+    """
+    fine, rank = (_repeated(cells, side) for cells in (rows, level.clamp(min=0).long()))
+    height, width = fine.shape[-2:]
+    part_row = (torch.arange(height, device=rows.device)[:, None] >> rank) % side
+    part_column = (torch.arange(width, device=rows.device) >> rank) % side
+    return torch.where(fine < 0, -1, fine * side**2 + part_row * side + part_column)
+
+
+def _repeated(cells: Tensor, side: int) -> Tensor:
+    """Each cell of ``(..., H, W)`` as ``side x side`` of them."""
+    wide = cells[..., :, None, :, None].expand(*cells.shape[:-1], side, cells.shape[-1], side)
+    return wide.flatten(-4, -3).flatten(-2)
+
+
+def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
+    """Spread logits over the grid: ``live (T, S, C)`` -> ``(B, H * side, W * side, C)``.
+
+    ``S = side ** 2``; halted cells take their exit's logits; cells outside a picture get 0.
+    """
+    halted = tokens.halted.logits if tokens.halted is not None else None
+    values = token_values(live, halted)
+    side = round(values.shape[1] ** 0.5)
+    index = sub_cell_index(rows_of_cells(tokens), level, side)
+    spread = values.flatten(0, 1)[index.clamp(min=0)]
+    return torch.where((index < 0).unsqueeze(-1), 0.0, spread)
+
+
+def layer_of_cells(tokens: PackedTokens, depth: int) -> Tensor:
+    """Blocks that ran for each cell's token, ``(B, H, W)`` int64; ``depth`` if it never halted."""
+    live = torch.full_like(tokens.anchor, depth)
+    halted = tokens.halted.layer if tokens.halted is not None else None
+    rows = rows_of_cells(tokens)
+    return torch.where(rows < 0, -1, token_values(live, halted)[rows.clamp(min=0)])

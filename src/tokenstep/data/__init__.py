@@ -1,0 +1,1 @@
+"""Pictures, labels and labelled folders: read, checked, augmented, drawn upon."""

@@ -1,0 +1,1 @@
+"""ViTs that somebody else wrote, as packed tokens see them."""

@@ -1,0 +1,84 @@
+"""How well a policy finds homogeneous superpatches, measured on a labelled folder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenstep.core import partition
+from tokenstep.data.augment import to_float
+from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.policies.dcts import Policy
+
+
+@torch.inference_mode()
+def policy_report(
+    policy: Policy, folder: LabelledFolder, *, tolerance: float, threshold: float = 0.5
+) -> dict[str, Any]:
+    """Precision, recall, purity and token reduction on a labelled folder, per superpatch size.
+
+    The reduction of a size is that of merging by this size alone; ``all`` merges by all sizes.
+    Purity is the mean share of the most frequent class in the chosen superpatches.
+
+    Raises:
+        TokenstepError: the policy's scores are not finite.
+    """
+    policy.eval()
+    sizes, classes = policy.config.sizes, len(folder.classes.names)
+    sums = torch.zeros(len(sizes), 6, dtype=torch.float64)
+    cells = tokens = 0
+    for image, label in folder:
+        scores = _scores(policy, image)
+        full = partition.padded_labels(label[None], policy.patch)
+        grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
+        for row, size in enumerate(sizes):
+            share = partition.purity(full, size * policy.patch, classes)
+            truth = share > partition.purity_bar(tolerance)
+            chosen = scores[row] > threshold
+            counts = [(truth & chosen).sum(), chosen.sum(), truth.sum(), (share * chosen).sum()]
+            left = _tokens([scores[row]], [size], threshold, grid)
+            counted = [*map(float, counts), grid[0] * grid[1], left]
+            sums[row] += torch.tensor(counted, dtype=torch.float64)
+        cells += grid[0] * grid[1]
+        tokens += _tokens(scores, list(sizes), threshold, grid)
+    return {
+        "threshold": threshold,
+        "tolerance": tolerance,
+        "images": len(folder),
+        "sizes": {str(size): _rates(row) for size, row in zip(sizes, sums.tolist(), strict=True)},
+        "all": {"reduction": _ratio(cells, tokens)},
+    }
+
+
+def _scores(policy: Policy, image: Tensor) -> list[Tensor]:
+    """Homogeneity of each superpatch of one picture in 0..1, per size."""
+    normal = (to_float(image)[None] - 0.5) / 0.5
+    scores: list[Tensor] = [score.sigmoid() for score in policy(normal)]
+    if not all(bool(score.isfinite().all()) for score in scores):
+        raise TokenstepError("the policy produced NaN scores: check its weights")
+    return scores
+
+
+def _tokens(scores: list[Tensor], sizes: list[int], threshold: float, grid: partition.Grid) -> int:
+    """Tokens of one picture that is merged by these sizes."""
+    level = partition.from_scores(
+        scores, sizes, [threshold] * len(sizes), partition.uniform([grid])
+    )
+    return int(partition.token_counts(level).sum())
+
+
+def _rates(sums: list[float]) -> dict[str, float | None]:
+    """Figures of one size from what was counted."""
+    hit, chosen, truth, pure, grid, left = sums
+    return {
+        "precision": _ratio(hit, chosen),
+        "recall": _ratio(hit, truth),
+        "purity": _ratio(pure, chosen),
+        "reduction": _ratio(grid, left),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """Quotient, or None where nothing was counted."""
+    return part / whole if whole else None

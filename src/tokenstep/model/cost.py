@@ -1,0 +1,93 @@
+"""Compute of one picture in GMAC, from the tokens that it really had.
+
+All of it is counted by formula. What convolutions cost, torch's counter says once per model: of one
+window of the embedding here, of the policy's CNN in :mod:`tokenstep.policies.growth`. Norms,
+softmax, activations and interpolation (of positions too, though that runs as products) are not
+counted, as in the literature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tokenstep.core.attention import biased_width
+from tokenstep.model.decode import LinearDecoder, MaskDecoder
+from tokenstep.policies.growth import count_macs
+from tokenstep.reducers.exits import ExitHeads
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """GMAC of each stage for one picture."""
+
+    policy: float
+    embed: float
+    blocks: float
+    exits: float
+    decoder: float
+
+    @property
+    def total(self) -> float:
+        """GMAC of all stages together."""
+        return self.policy + self.embed + self.blocks + self.exits + self.decoder
+
+
+def block_macs(block: nn.Module, rows: int, *, size_bias: bool = False) -> int:
+    """Multiply-adds of a timm block over ``rows`` rows: its linear layers and attention.
+
+    The size bias widens every head by the channel that carries it, and its padding.
+    """
+    attention = cast(Any, block.attn)
+    channels = biased_width(attention.head_dim) if size_bias else attention.head_dim
+    width = int(attention.num_heads * channels)
+    return linear_macs(block) * rows + 2 * rows * rows * width
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds of all linear layers of a module for one row."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def blocks_macs(blocks: Sequence[nn.Module], rows: Sequence[int], *, size_bias: bool) -> int:
+    """Multiply-adds of all blocks, of which block k saw ``rows[k]`` rows."""
+    return sum(
+        block_macs(block, count, size_bias=size_bias)
+        for block, count in zip(blocks, rows, strict=True)
+    )
+
+
+def exits_macs(exits: ExitHeads, rows: Sequence[int]) -> int:
+    """Multiply-adds of the exits, of which block k saw ``rows[k]`` rows.
+
+    The exit after block k judges all rows that ran block k, and classifies those that halt again.
+    """
+    heads = zip(exits.after, exits.heads, strict=True)
+    return sum(linear_macs(head) * (2 * rows[after - 1] - rows[after]) for after, head in heads)
+
+
+def decoder_macs(decoder: nn.Module, rows: int) -> int:
+    """Multiply-adds of a decoder over the ``rows`` rows that are left."""
+    if isinstance(decoder, MaskDecoder):
+        joined = rows + decoder.classes
+        project, tokens = linear_macs(decoder.project), linear_macs(decoder.token_project)
+        own = linear_macs(decoder.class_project) * decoder.classes
+        products = decoder.token_project.weight.shape[0] * decoder.classes * rows
+        biased = decoder.settings.size_bias
+        blocks = sum(block_macs(block, joined, size_bias=biased) for block in decoder.blocks)
+        return (project + tokens) * rows + own + products + blocks
+    if isinstance(decoder, LinearDecoder):
+        return linear_macs(decoder) * rows
+    raise TypeError(f"no cost is known for a decoder of type {type(decoder).__name__}")
+
+
+def embed_macs(embed: nn.Module, extent: int) -> int:
+    """Multiply-adds of embedding one window of ``extent`` pixels a side."""
+    weight = next(embed.parameters())
+    return count_macs(
+        embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
+    )

@@ -1,0 +1,1 @@
+"""Picture -> a score for each superpatch; one method a file."""

@@ -1,0 +1,1 @@
+"""One segmenter run elsewhere: compiled, in ONNX Runtime, in OpenVINO."""

@@ -1,0 +1,156 @@
+"""The dense model as its user would run it elsewhere: plain torch, compiled, ONNX, OpenVINO.
+
+All take pictures of one size, ``(B, 3, h, w)`` float RGB in 0..1, and give ``(B, h, w)`` uint8
+label maps. They compute what the dense model computes, in the form that each of them runs best.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenstep.core.partition import grid_of
+from tokenstep.errors import TokenstepError
+from tokenstep.model.decode import LinearDecoder
+from tokenstep.model.network import StepNetwork
+from tokenstep.model.positions import resampled
+from tokenstep.model.supertokens import ConvEmbed, LinearEmbed
+
+Rival = Callable[[Tensor], Tensor]
+MakeRival = Callable[[StepNetwork, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
+
+
+class DenseTwin(nn.Module):
+    """The dense model on pictures of one size ``(h, w)``, as a plain graph of tensors.
+
+    Raises:
+        TokenstepError: the model has a decoder that is not linear.
+    """
+
+    def __init__(self, model: StepNetwork, size: tuple[int, int]) -> None:
+        super().__init__()
+        if not isinstance(model.decoder, LinearDecoder):
+            raise TokenstepError("only models with a linear decoder have a plain dense twin")
+        self.model = model
+        self.size = size
+        self.grid = grid_of(size, model.patch)
+        tokenise = model.tokenise
+        prefix = tokenise.prefix_count
+        table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.dim)
+        with torch.no_grad():
+            maps = tokenise.position_maps()
+            if maps is not None:
+                table[:, prefix:] = resampled(maps, self.grid).flatten(2).transpose(1, 2)
+            if prefix:
+                table[:, :prefix] = tokenise.prefix_rows()
+        self.register_buffer("table", table.to(next(model.parameters())), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Label maps ``(B, h, w)`` of ``images (B, 3, h, w)``."""
+        model = self.model
+        normal = (images - cast(Tensor, model.mean)) / cast(Tensor, model.std)
+        x = self.embedded(normal)
+        if model.tokenise.context is not None:
+            seen = model.policy.features(model.policy.look(normal))
+            x = x + model.tokenise.context(seen.flatten(2).transpose(1, 2))
+        prefix = model.tokenise.prefix_count
+        x = F.pad(x, (0, 0, prefix, 0)) + cast(Tensor, self.table)
+        x = model.tokenise.norm_pre(x)
+        for block in model.encoder.blocks:
+            x = block(x)
+        x = model.encoder.norm(x)[:, prefix:]
+        return self.labels(cast(LinearDecoder, model.decoder).linear(x))
+
+    def embedded(self, normal: Tensor) -> Tensor:
+        """Patch embeddings ``(B, H * W, D)``; windows that overlap share their convolutions."""
+        embed, patch = self.model.tokenise.embed, self.model.patch
+        bottom, right = (
+            cells * patch - side for cells, side in zip(self.grid, self.size, strict=True)
+        )
+        margin = self.model.tokenise.margin
+        edges = (margin, right + margin, margin, bottom + margin)
+        canvas = F.pad(normal, edges, mode="replicate") if max(edges) else normal
+        if isinstance(embed, LinearEmbed):
+            x = F.conv2d(canvas, embed.proj.weight, embed.proj.bias, stride=patch)
+            return cast(Tensor, embed.norm(x.flatten(2).transpose(1, 2)))
+        layers = list(cast(ConvEmbed, embed).layers)
+        x = layers[3](layers[2](layers[1](layers[0](canvas))))
+        # The layer that reads the 3 x 3 positions of a patch, as a convolution over all of them.
+        linear = cast(nn.Linear, layers[5])
+        x = F.conv2d(x, linear.weight.view(len(linear.weight), -1, 3, 3), linear.bias, stride=2)
+        return cast(Tensor, layers[6](x.flatten(2).transpose(1, 2)))
+
+    def labels(self, logits: Tensor) -> Tensor:
+        """``logits (B, H * W, S * C)`` -> ``(B, h, w)`` uint8."""
+        rows, columns = self.grid
+        classes = len(self.model.config.classes)
+        side = round((logits.shape[-1] // classes) ** 0.5)
+        fine = logits.view(len(logits), rows, columns, side, side, classes)
+        fine = fine.permute(0, 5, 1, 3, 2, 4).reshape(-1, classes, rows * side, columns * side)
+        target = (rows * self.model.patch, columns * self.model.patch)
+        full = F.interpolate(fine, target, mode="bilinear", align_corners=False)
+        return full.argmax(1).to(torch.uint8)[:, : self.size[0], : self.size[1]]
+
+
+def torch_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+    """The twin in eager mode."""
+    return DenseTwin(model, size).eval()
+
+
+def compiled_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+    """The twin under ``torch.compile``."""
+    return cast(Rival, torch.compile(DenseTwin(model, size).eval()))
+
+
+def onnx_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+    """The twin in ONNX Runtime, on the CPU with torch's number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with TemporaryDirectory() as folder:
+        path = export(DenseTwin(model, size).eval(), batch, Path(folder))
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (name,) = (one.name for one in session.get_inputs())
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def openvino_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+    """The twin in OpenVINO, on the CPU in fp32 with torch's number of threads."""
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    with TemporaryDirectory() as folder:
+        path = export(DenseTwin(model, size).eval(), batch, Path(folder))
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return partial(_run_openvino, compiled)
+
+
+def _run_openvino(compiled: Any, images: Tensor) -> Tensor:
+    return torch.from_numpy(compiled([images.numpy()])[0])
+
+
+def export(twin: DenseTwin, batch: int, folder: Path) -> Path:
+    """Write the twin as ONNX for batches of ``batch`` and return the file."""
+    path = folder / "dense.onnx"
+    images = torch.rand(batch, 3, *twin.size)
+    torch.onnx.export(twin, (images,), path, dynamo=True, verbose=False)
+    return path
+
+
+MAKERS: dict[str, MakeRival] = {  # of `choices.RIVALS`
+    "torch": torch_rival,
+    "compile": compiled_rival,
+    "onnx": onnx_rival,
+    "openvino": openvino_rival,
+}

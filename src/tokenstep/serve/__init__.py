@@ -1,0 +1,1 @@
+"""Pictures in, label maps out: files, windows over large pictures, the page."""

@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, losses, optimisers, the folder of a run."""

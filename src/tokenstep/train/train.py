@@ -1,0 +1,215 @@
+"""Train a policy from label maps, then a segmenter with that policy frozen."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenstep.config import ModelConfig
+from tokenstep.data.check import SOUND, require_sound
+from tokenstep.data.contents import FILES, contents, of_folder
+from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.measure.policy_report import policy_report
+from tokenstep.measure.quality import Run, measure
+from tokenstep.model.card import policy_card, write_card
+from tokenstep.model.segmenter import WEIGHTS, StepSegmenter
+from tokenstep.model.weight_files import save_weights
+from tokenstep.policies.dcts import Policy
+from tokenstep.train.lock import held
+from tokenstep.train.loop import Loop, is_main, meet
+from tokenstep.train.losses import class_weights
+from tokenstep.train.phase import PolicyModule, SegmenterModule
+from tokenstep.train.progress import Progress
+from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
+from tokenstep.train.run_folder import (
+    card_of,
+    claim,
+    digest_of_weights,
+    load_policy,
+    load_weights,
+    scored,
+)
+
+COMPLETE = "{}: already complete, nothing trained"
+
+
+def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, Any]:
+    """Train a policy and write it to ``recipe.out``; returns its scores on val.
+
+    A run that was killed goes on where it was; one that is complete is only read. ``progress``
+    tells on stderr how it goes. Where several processes train together, only the main one writes
+    and has scores to return.
+
+    Raises:
+        TokenstepError: the data or the recipe is at fault, or another process works in ``out``.
+        Terminated: the process was told to end.
+    """
+    with alone(recipe):
+        return _train_policy(recipe, telling(recipe, progress))
+
+
+def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
+    folder, val = folders(recipe)
+    found = checked(recipe, folder, val)
+    torch.manual_seed(recipe.trainer.seed)
+    try:
+        policy = Policy(recipe.policy, recipe.patch)
+        policy.require_growth()
+    except ValueError as error:
+        raise TokenstepError(f"recipe: {error}") from error
+    out = Path(recipe.out)
+    complete = claim(out, recipe, folder, found, write=is_main())
+    if complete:
+        progress.say(COMPLETE.format(out))
+        load_weights(policy, out / WEIGHTS)
+    else:
+        loop = Loop(out, recipe.trainer, progress)
+        for number in range(len(recipe.phases)):
+            loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
+    report: dict[str, Any] = {}
+    if is_main():
+        report = scored(
+            out,
+            of_folder(val, found),
+            lambda: policy_report(policy, val, tolerance=recipe.tolerance),
+            fresh=not complete,
+        )
+        write_card(out, policy_card(recipe, val.classes, report))
+        if not complete:
+            save_weights(policy, out / WEIGHTS)  # last: where it is, the run is complete
+    meet()
+    return report
+
+
+def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSegmenter:
+    """Train a segmenter with the policy of ``recipe.policy_weights`` and write it to ``out``.
+
+    A run that was killed goes on where it was; one that is complete is only read. ``progress``
+    tells on stderr how it goes.
+
+    Raises:
+        TokenstepError: the data, the policy's folder or the recipe is at fault, or another process
+            works in ``out``.
+        Terminated: the process was told to end.
+    """
+    with alone(recipe):
+        return _train_segmenter(recipe, telling(recipe, progress))
+
+
+def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegmenter:
+    folder, val = folders(recipe)
+    found = checked(recipe, folder, val)
+    model = build_segmenter(recipe, folder)
+    out = Path(recipe.out)
+    policy = digest_of_weights(Path(recipe.policy_weights))
+    complete = claim(out, recipe, folder, found, policy=policy, write=is_main())
+    if complete:
+        progress.say(COMPLETE.format(out))
+        model = StepSegmenter.from_pretrained(out)
+    else:
+        weight = torch.ones(len(folder.classes.names))
+        if recipe.class_balance > 0:
+            weight = class_weights(count_pixels(folder), recipe.class_balance)
+        loop = Loop(out, recipe.trainer, progress)
+        for number in range(len(recipe.phases)):
+            loop.run(SegmenterModule(recipe, number, model, weight), model)
+        model.eval()
+    if is_main():
+        scored(
+            out,
+            of_folder(val, found),
+            lambda: look_at(val, recipe, model),
+            fresh=not complete,
+        )
+        write_card(out, card_of(out, model.config))
+        if not complete:
+            model.save_pretrained(out)
+    meet()
+    return model
+
+
+def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: StepSegmenter) -> dict[str, Any]:
+    """What the trained model scores on as many pictures of val as it looked at while training.
+
+    Empty where it looked at none.
+    """
+    if recipe.trainer.val_pictures == 0:
+        return {}
+    thin = val.thinned(recipe.trainer.val_pictures)
+    dense, reduced = measure(model, thin, [Run(), Run(recipe.settings)])
+    return {"split": val.title, "images": len(thin), "dense": dense, "reduced": reduced}
+
+
+def folders(recipe: PolicyRecipe | SegmenterRecipe) -> tuple[LabelledFolder, LabelledFolder]:
+    """The pictures that a recipe trains on and those that it looks at, as they are."""
+    data = recipe.data
+    return (
+        LabelledFolder(data.root, data.train_split, names=data.train_names),
+        LabelledFolder(data.root, data.val_split, names=data.val_names),
+    )
+
+
+def checked(
+    recipe: PolicyRecipe | SegmenterRecipe, folder: LabelledFolder, val: LabelledFolder
+) -> dict[str, str]:
+    """What the files of both folders hold; the main process reads them whole, unless it has before.
+
+    Raises:
+        TokenstepError: a picture or a label is wrong.
+    """
+    out = Path(recipe.out)
+    found = contents([folder, val], out / FILES, write=is_main())
+    if is_main():
+        require_sound([val], folder, contents=found, cache=out / SOUND)
+    return found
+
+
+def alone(recipe: PolicyRecipe | SegmenterRecipe) -> AbstractContextManager[None]:
+    """Lock the run's folder, in the main one of the processes that train together."""
+    return held(Path(recipe.out)) if is_main() else nullcontext()
+
+
+def telling(recipe: PolicyRecipe | SegmenterRecipe, progress: bool) -> Progress:
+    """The progress of a run, told by the main process if at all."""
+    quiet = not (progress and is_main())
+    return Progress(Path(recipe.out) / "log", phases=len(recipe.phases), quiet=quiet)
+
+
+def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegmenter:
+    """The segmenter as it begins: an untrained ViT, and the policy frozen.
+
+    Raises:
+        TokenstepError: the policy's folder or the recipe is at fault.
+    """
+    policy_config, state, patch = load_policy(Path(recipe.policy_weights))
+    classes = folder.classes
+    config = ModelConfig(
+        *(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings),
+        long_side=folder.median_long_side() if recipe.scale_by == "side" else None,
+    )
+    torch.manual_seed(recipe.trainer.seed)
+    try:
+        model = StepSegmenter(config)
+    except ValueError as error:
+        raise TokenstepError(f"recipe: {error}") from error
+    if model.patch != patch:
+        raise TokenstepError(
+            f"{recipe.policy_weights}: the policy was trained for patches of {patch} px but the "
+            f"recipe's ViT has {model.patch} px: train one for it, or set vit.patch = {patch}"
+        )
+    model.policy.load_state_dict(state)
+    model.policy.requires_grad_(False)
+    model.use(checkpointing=recipe.trainer.checkpointing)
+    model.train()  # which leaves the frozen policy in eval mode; Lightning does not call it
+    return model
+
+
+def count_pixels(folder: LabelledFolder) -> Tensor:
+    """Pixels of each class over a folder, ``(C,)`` int64."""
+    total = torch.zeros(256, dtype=torch.int64)
+    for _, label in folder:
+        total += torch.bincount(label.flatten().long(), minlength=256)
+    return total[: len(folder.classes.names)]

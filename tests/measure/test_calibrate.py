@@ -1,0 +1,217 @@
+"""Calibration: thresholds that pay, a front that nothing beats, and points that hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CLASSES, TinyModel
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import labelled_folder
+
+from tokenstep.config import DENSE, Settings
+from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.hub import load
+from tokenstep.measure import calibrate as module
+from tokenstep.measure.calibrate import (
+    best_threshold,
+    calibrate,
+    combinations,
+    contenders,
+    front,
+    merge_thresholds,
+    other_spares,
+    spread,
+)
+from tokenstep.measure.choices import Search
+from tokenstep.measure.quality import Run
+from tokenstep.measure.quality import measure as measure_runs
+from tokenstep.model.segmenter import StepSegmenter
+
+
+def measure(model: StepSegmenter, folder: LabelledFolder, settings: Settings) -> dict[str, Any]:
+    """The report of one run."""
+    return measure_runs(model, folder, [Run(settings)])[0]
+
+
+SEARCH = Search(prices=(0.5, 2.0), bars=(0.35, 0.4), sample=2, confirm=6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LabelledFolder:
+    sizes = [(32, 48), (40, 40), (24, 64), (32, 32)]
+    return LabelledFolder(labelled_folder(tmp_path / "set", CLASSES, sizes), "test")
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> StepSegmenter:
+    return tiny_model()
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(-9, 9)), min_size=1, max_size=40))
+def test_no_other_threshold_pays_more(entries: list[tuple[int, int]]) -> None:
+    scores = torch.tensor([score / 50 for score, _ in dict(entries).items()])
+    gains = torch.tensor([float(gain) for _, gain in dict(entries).items()])
+    bar = best_threshold(scores, gains)
+    paid = gains[scores > bar].sum()
+    for other in [*scores.tolist(), -0.1, 1.0]:
+        assert paid >= gains[scores > other].sum() - 1e-6
+
+
+def test_nothing_to_score_takes_nothing() -> None:
+    assert best_threshold(torch.zeros(0), torch.zeros(0)) == 1.0
+
+
+def test_a_higher_price_merges_at_least_as_much(
+    model: StepSegmenter, folder: LabelledFolder
+) -> None:
+    cheap, dear, boundless = merge_thresholds(model, folder, (0.0, 0.5, 1e9))
+    assert all(low >= high for low, high in zip(cheap, dear, strict=True))
+    everything = measure(model, folder, Settings((0.0, 0.0)))["tokens"]["start"]
+    assert measure(model, folder, Settings(boundless))["tokens"]["start"] == everything
+
+
+def test_every_way_to_halt_meets_every_merging() -> None:
+    search = Search(bars=(0.8, 0.9), spares=(5, 0))
+    tried = combinations([(0.5,), (0.6,)], 2, search)
+    assert len(tried) == len(set(tried)) == 3 * (1 + 2 * 2) - 1
+    assert DENSE not in tried
+    for settings in tried:
+        assert len(settings.exits) in (0, 2) and len(settings.merge) in (0, 1)
+    assert combinations([], 0, search) == []
+    halting = [settings for settings in tried if settings.exits]
+    others = other_spares(tried, search)
+    assert [(one.merge, one.exits, 0) for one in halting] == [
+        (one.merge, one.exits, one.spare) for one in others
+    ]
+    assert other_spares(tried, Search(spares=(5,))) == []
+
+
+costs = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=30)
+
+
+@given(costs)
+def test_nothing_beats_the_front_and_the_front_beats_the_rest(pairs: list[tuple[int, int]]) -> None:
+    measured = [
+        (Settings(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
+        for index, (gmac, miou) in enumerate(pairs)
+    ]
+    kept = {settings.spare for settings in front(measured)}
+    assert kept
+    for index, (gmac, miou) in enumerate(pairs):
+        better = [(g, m) for g, m in pairs if g <= gmac and m >= miou and (g, m) != (gmac, miou)]
+        assert not (index in kept and better)
+        assert index in kept or better or any(pairs[k] == (gmac, miou) for k in kept)
+
+
+@given(costs, st.integers(1, 40))
+def test_contenders_are_the_front_first_and_then_what_is_next_to_it(
+    pairs: list[tuple[int, int]], most: int
+) -> None:
+    measured = [
+        (Settings(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
+        for index, (gmac, miou) in enumerate(pairs)
+    ]
+    kept = contenders(measured, most)
+    assert len(set(kept)) == len(kept) == min(most, len(pairs))
+    first = front(measured)
+    assert set(kept) <= set(first) if most <= len(first) else set(first) <= set(kept)
+    for one in set(range(len(pairs))) - {settings.spare for settings in kept}:
+        gmac, miou = pairs[one]
+        if len(kept) > len(first):
+            assert any(pairs[k.spare][0] <= gmac and pairs[k.spare][1] >= miou for k in kept)
+
+
+@given(st.integers(1, 30), st.integers(1, 12))
+def test_a_thinned_front_keeps_its_ends_and_order(length: int, most: int) -> None:
+    settings = [Settings(spare=index) for index in range(length)]
+    thin = spread(settings, most)
+    assert len(thin) == min(length, most) and thin[0] == settings[0]
+    assert most == 1 or thin[-1] == settings[-1]
+    assert [one.spare for one in thin] == sorted({one.spare for one in thin})
+
+
+def test_points_are_what_measuring_them_gives(
+    model: StepSegmenter, folder: LabelledFolder, tmp_path: Path
+) -> None:
+    report = calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
+    json.dumps(report, allow_nan=False)
+    points = model.config.points
+    assert points and len(model.config.temperatures) == 2
+    dense = measure(model, folder, DENSE)
+    assert [point.gmac for point in points] == sorted(point.gmac for point in points)
+    assert [point.miou for point in points] == sorted(point.miou for point in points)
+    for point in points:
+        again = measure(model, folder, point.settings)
+        assert point.miou == pytest.approx(again["miou"], abs=1e-5)
+        assert point.gmac == pytest.approx(again["gmac"]["total"], abs=1e-4)
+        best = max(dense["miou"], points[-1].miou)
+        assert point.loss == pytest.approx(100 * (best - again["miou"]), abs=2e-3)
+        assert (point.split, point.images) == ("test", 4)
+    own = model.config.point_within(0.5)
+    assert model.config.settings == (DENSE if own is None else own.settings)
+
+    model.save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved").config == model.config
+
+
+def test_a_killed_calibration_goes_on(
+    tiny_model: TinyModel, folder: LabelledFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate(tiny_model(), folder, tmp_path / "whole.json", search=SEARCH)
+    calls = 0
+
+    def counted(
+        model: StepSegmenter, folder: LabelledFolder, runs: list[Run]
+    ) -> list[dict[str, Any]]:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return measure_runs(model, folder, runs)
+
+    monkeypatch.setattr(module, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_model(), folder, tmp_path / "broken.json", search=SEARCH)
+    resumed = calibrate(tiny_model(), folder, tmp_path / "broken.json", search=SEARCH)
+    entries = json.loads((tmp_path / "whole.json").read_text())["entries"]
+    assert calls == len(entries) + 1, "nothing is measured twice"
+    for report in (whole, resumed):
+        report["dense"].pop("seconds")
+    assert resumed == whole
+
+
+def test_another_models_notes_are_not_used(
+    tiny_model: TinyModel, folder: LabelledFolder, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.json"
+    first = calibrate(tiny_model(), folder, notes, search=SEARCH)
+    other = tiny_model()
+    with torch.no_grad():
+        other.decoder.linear.bias += 1e3 * torch.eye(len(CLASSES))[0]  # says "road" everywhere
+    report = calibrate(other, folder, notes, search=SEARCH)
+    assert report["dense"]["miou"] == measure(other, folder, DENSE)["miou"]
+    assert report["dense"]["miou"] != first["dense"]["miou"]
+
+
+def test_a_file_that_is_no_diary_is_refused(
+    model: StepSegmenter, folder: LabelledFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.json").write_text("[]")
+    with pytest.raises(TokenstepError, match=r"notes\.json"):
+        calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
+
+
+def test_a_model_without_exits_gets_points_of_merging(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    # Large enough that merging saves more than the policy costs.
+    root = labelled_folder(tmp_path / "set", CLASSES, [(160, 240)])
+    folder = LabelledFolder(root, "test")
+    model = tiny_model(exits=())
+    report = calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
+    assert report["exits"] == {} and model.config.points
+    assert all(not point.settings.exits for point in model.config.points)

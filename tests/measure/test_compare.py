@@ -1,0 +1,106 @@
+"""The comparison: every way on the same pictures, and the oracle at the policy's token count."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import CLASSES, TinyModel
+from PIL import Image
+from samples import labelled_folder
+
+from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.errors import TokenstepError
+from tokenstep.measure.compare import KINDS, compare, figure, kind_of, markdown, oracle_tolerance
+from tokenstep.measure.quality import Run, measure
+from tokenstep.model.segmenter import StepSegmenter
+
+SETTINGS = Settings(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LabelledFolder:
+    sizes = [(48, 64), (40, 72), (33, 90)]
+    return LabelledFolder(labelled_folder(tmp_path / "set", CLASSES, sizes), "test")
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> StepSegmenter:
+    model = tiny_model()
+    point = OperatingPoint(Settings(merge=(0.9, 0.9)), 0.5, 0.25, 1.0, 9.0, 0.0, "val", 3)
+    model.config = replace(model.config, points=(point,))
+    return model
+
+
+def test_each_row_is_what_measuring_it_alone_gives(
+    model: StepSegmenter, folder: LabelledFolder, tiny_model: TinyModel
+) -> None:
+    rows = compare(model, folder, SETTINGS, others=[("twin", tiny_model())])
+    json.dumps(rows, allow_nan=False)
+    by_name = {row["method"]: row for row in rows}
+    assert len(by_name) == len(rows) == 10
+    runs = {
+        "dense": Run(),
+        "dense at 0.5 x the sides": Run(scale=0.5),
+        "learned partition (merging alone)": Run(SETTINGS.without_exits()),
+        "exits alone": Run(SETTINGS.without_merging()),
+        "STEP": Run(SETTINGS),
+        "STEP, 0.25 points below the best on val": Run(model.config.points[0].settings),
+    }
+    for name, run in runs.items():
+        (alone,) = measure(model, folder, [run])
+        for key in ("miou", "iou", "tokens", "gmac", "halted_share"):
+            assert by_name[name][key] == alone[key], name
+    learned, drawn = by_name["learned partition (merging alone)"], by_name["random partition"]
+    assert learned["tokens"] == drawn["tokens"]
+    assert by_name["dense"]["compute_ratio"] == by_name["dense"]["time_ratio"] == 1
+    assert by_name["dense at 0.5 x the sides"]["compute_ratio"] > 2
+    twin = by_name["twin, dense"]
+    assert twin["miou"] == by_name["dense"]["miou"] and twin["compute_ratio"] == 1
+
+
+def test_a_half_that_is_off_has_no_row(model: StepSegmenter, folder: LabelledFolder) -> None:
+    names = {row["method"] for row in compare(model, folder, SETTINGS.without_merging())}
+    assert not any("partition" in name for name in names) and "exits alone" in names
+    assert "exits alone" not in {row["method"] for row in compare(model, folder, DENSE)}
+
+
+@pytest.mark.parametrize("bar", [0.0, 0.5, 0.9999])
+def test_the_oracle_comes_to_the_policys_tokens(
+    model: StepSegmenter, folder: LabelledFolder, bar: float
+) -> None:
+    alone = Settings(merge=(bar, bar))
+    tolerance = oracle_tolerance(model, folder, alone, rounds=20)
+    learned, oracle = measure(model, folder, [Run(alone), Run(alone, "oracle", tolerance)])
+    assert oracle["tokens"]["start"] <= learned["tokens"]["start"] or tolerance == 0.5
+    if 0 < tolerance < 0.5:
+        (stricter,) = measure(model, folder, [Run(alone, "oracle", tolerance - 0.01)])
+        assert stricter["tokens"]["start"] > learned["tokens"]["start"]
+
+
+def test_a_scaled_picture_is_held_against_its_full_labels(
+    model: StepSegmenter, folder: LabelledFolder
+) -> None:
+    full, half = measure(model, folder, [Run(), Run(scale=0.5)])
+    assert half["tokens"]["grid"] < 0.4 * full["tokens"]["grid"]
+    assert half["accuracy"] is not None
+    with pytest.raises(TokenstepError, match="oracle"):
+        Run(partition="oracle", scale=0.5)
+
+
+def test_the_table_and_the_figure_hold_every_row(
+    model: StepSegmenter, folder: LabelledFolder, tmp_path: Path
+) -> None:
+    rows = compare(model, folder, SETTINGS)
+    lines = markdown(rows).splitlines()
+    assert len(lines) == len(rows) + 2
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| inter-class boundary IoU |" in lines[0], "it is not the paper's"
+    for row, line in zip(rows, lines[2:], strict=True):
+        assert line.startswith(f"| {row['method']} |")
+        assert kind_of(row) in {kind for kind, _, _ in KINDS}
+    pytest.importorskip("matplotlib")
+    figure(rows, tmp_path / "figure.png", "tiny")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 400

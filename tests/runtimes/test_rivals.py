@@ -1,0 +1,65 @@
+"""The dense model in other forms gives the dense model's label maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyModel
+from torch import Tensor
+
+from tokenstep.config import DENSE
+from tokenstep.errors import TokenstepError
+from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.runtimes.rivals import DenseTwin, onnx_rival, openvino_rival, torch_rival
+
+SIZE = (50, 75)
+
+
+def smooth(batch: int) -> Tensor:
+    """Pictures without noise, so that classes are told apart by more than rounding."""
+    return F.interpolate(torch.rand(batch, 3, 4, 6), SIZE, mode="bicubic").clamp(0, 1)
+
+
+def agreement(model: StepSegmenter, labels: Tensor, images: Tensor) -> float:
+    """Share of pixels that are as the dense model has them."""
+    results = model.segment_batch(list(images), settings=DENSE)
+    expected = torch.stack([torch.from_numpy(one.labels) for one in results])
+    assert labels.shape == expected.shape and labels.dtype == torch.uint8
+    assert len(expected.unique()) > 1
+    return float((labels == expected).float().mean())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stem": "conv"},
+        {"policy_features": True, "cells": 4, "stem": "conv"},
+        {"cells": 2, "image_size": (64, 64)},
+    ],
+)
+def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, object]) -> None:
+    model = tiny_model(**changes)
+    images = smooth(2)
+    with torch.inference_mode():
+        labels = torch_rival(model, SIZE, 2)(images)
+    assert agreement(model, labels, images) > 0.999
+
+
+def test_a_mask_decoder_has_no_twin(tiny_model: TinyModel) -> None:
+    with pytest.raises(TokenstepError, match="linear decoder"):
+        DenseTwin(tiny_model(decoder="mask"), SIZE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("package", "make"), [("onnxruntime", onnx_rival), ("openvino", openvino_rival)]
+)
+def test_other_runtimes_agree(tiny_model: TinyModel, package: str, make: object) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[bench]'")
+    pytest.importorskip("onnxscript", reason="pip install '.[bench]'")
+    model = tiny_model(policy_features=True, cells=4, stem="conv")
+    images = smooth(2)
+    with torch.inference_mode():
+        labels = make(model, SIZE, 2)(images)  # type: ignore[operator]
+    # They round otherwise, which shows where two classes are nearly even.
+    assert agreement(model, labels, images) > 0.99

@@ -1,0 +1,313 @@
+"""Segmenting many files: what is written, what is reported, and that one fault stays alone."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyModel
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from samples import pattern
+
+from tokenstep.config import DENSE, Settings
+from tokenstep.data.pictures import read_picture
+from tokenstep.errors import TokenstepError
+from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.serve import files
+from tokenstep.serve.files import SegmentJob, output_names, segment_files
+
+REDUCED = Settings(merge=(0.0, 0.5), exits=(0.34, 0.34), spare=1)
+KINDS = ("labels.png", "overlay.jpg", "tokens.jpg")
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> StepSegmenter:
+    return tiny_model(cells=2)
+
+
+def draw(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"p{number:03}.png" for number in range(len(sizes))]
+    for path, (h, w) in zip(paths, sizes, strict=True):
+        Image.fromarray(pattern(h, w)).save(path)
+    return paths
+
+
+def labels_in(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.labels.png")}
+
+
+# --- what comes out ---------------------------------------------------------------------------
+
+
+def test_one_entry_and_three_pictures_each_in_order(tmp_path: Path, model: StepSegmenter) -> None:
+    sizes = [(33, 50), (64, 20), (1, 1)]
+    paths = draw(tmp_path / "in", sizes)
+    entries = list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED)))
+    assert [entry["file"] for entry in entries] == [str(path) for path in paths]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"{path.stem}.{kind}" for path in paths for kind in KINDS
+    }
+    for entry, (h, w) in zip(entries, sizes, strict=True):
+        assert (entry["height"], entry["width"]) == (h, w)
+        tokens = entry["tokens"]
+        assert tokens["grid"] == -(-h // 8) * -(-w // 8)
+        assert tokens["end"] + sum(tokens["halted"].values()) == tokens["start"] <= tokens["grid"]
+        assert set(tokens["halted"]) == {"1", "2"}
+        assert set(entry["gmac"]) >= {"dense", "used"}
+        assert set(entry["milliseconds"]) >= {"read", "policy", "embed", "decode", "write"}
+        assert sum(entry["classes"].values()) == pytest.approx(1, abs=1e-4)
+        with Image.open(tmp_path / "out" / f"{entry['name']}.labels.png") as labels:
+            assert labels.size == (w, h) and labels.mode == "P"
+            counts = np.bincount(np.asarray(labels).ravel(), minlength=3) / (h * w)
+        assert counts == pytest.approx(list(entry["classes"].values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [REDUCED, DENSE])
+def test_batches_of_mixed_sizes_equal_single_pictures(
+    tmp_path: Path, model: StepSegmenter, settings: Settings
+) -> None:
+    sizes = [(33, 50), (64, 20), (64, 20), (1, 70), (40, 40), (9, 9), (50, 33)]
+    paths = draw(tmp_path / "in", sizes)
+    for batch in (1, 3):
+        list(segment_files(model, paths, SegmentJob(tmp_path / f"{batch}", settings, batch=batch)))
+    single, batched = labels_in(tmp_path / "1"), labels_in(tmp_path / "3")
+    assert single.keys() == batched.keys() and len(single) == len(sizes)
+    for name, labels in single.items():
+        assert np.array_equal(labels, batched[name]), name
+
+
+def test_a_picture_scaled_down_keeps_its_size(tmp_path: Path, model: StepSegmenter) -> None:
+    (path,) = draw(tmp_path / "in", [(30, 90)])
+    job = SegmentJob(tmp_path / "out", REDUCED, max_side=45)
+    (entry,) = segment_files(model, [path], job)
+    assert (entry["width"], entry["height"], entry["scaled_to"]) == (90, 30, [45, 15])
+    assert entry["tokens"]["grid"] == 6 * 2
+    assert labels_in(tmp_path / "out")["p000.labels.png"].shape == (30, 90)
+    job = SegmentJob(tmp_path / "out", REDUCED, max_side=90)
+    assert "scaled_to" not in next(segment_files(model, [path], job))
+
+
+def test_comparing_reports_the_dense_model_beside(tmp_path: Path, model: StepSegmenter) -> None:
+    paths = draw(tmp_path / "in", [(33, 50)])
+    for settings in (DENSE, REDUCED):
+        job = SegmentJob(tmp_path / "out", settings, compare=True)
+        (entry,) = segment_files(model, paths, job)
+        same = entry["dense"]["same_pixels"]
+        assert same == 1 if settings is DENSE else 0 <= same <= 1
+        assert set(entry["dense"]["milliseconds"]) <= set(entry["milliseconds"])
+
+
+def test_a_picture_that_cannot_be_written_leaves_none_of_its_files(
+    tmp_path: Path, model: StepSegmenter
+) -> None:
+    paths, out = draw(tmp_path / "in", [(20, 30)] * 2), tmp_path / "out"
+    (out / "p000.tokens.jpg").mkdir(parents=True)  # a folder has the name of its last file
+    failed, fine = segment_files(model, paths, SegmentJob(out, REDUCED))
+    assert "p000.tokens.jpg" in failed["error"] and failed["name"] == "p000"
+    assert {path.name for path in out.iterdir() if path.is_file()} == {
+        f"{fine['name']}.{kind}" for kind in KINDS
+    }
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+def test_large_pictures_are_cut_where_it_is_asked_for_or_memory_needs_it(
+    tmp_path: Path, model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = draw(tmp_path / "in", [(40, 150), (40, 100), (300, 40)])
+
+    def windows(job: SegmentJob) -> list[int]:
+        return [entry["windows"] for entry in segment_files(model, paths, job)]
+
+    out = tmp_path / "out"
+    assert windows(SegmentJob(out, REDUCED, batch=3)) == [1, 1, 1]
+    asked = windows(SegmentJob(out, REDUCED, batch=3, tile=128))
+    assert asked[1] == 1 < asked[0] < asked[2]
+    kept = labels_in(out)
+    monkeypatch.setattr(files, "WINDOW", 128)
+    monkeypatch.setattr(files, "fits", lambda model, images: max(images[0].shape) < 150)
+    assert windows(SegmentJob(out, REDUCED)) == asked
+    for name, labels in labels_in(out).items():
+        assert np.array_equal(labels, kept[name])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_unreadable_pictures_have_an_error_and_the_others_go_on(
+    tmp_path: Path, model: StepSegmenter, batch: int
+) -> None:
+    paths = draw(tmp_path / "in", [(20, 20)] * 5)
+    paths[1].write_text("no picture")
+    paths[4].unlink()
+    out = tmp_path / "out"
+    entries = list(segment_files(model, paths, SegmentJob(out, REDUCED, batch=batch)))
+    assert [entry["file"] for entry in entries] == [str(path) for path in paths]
+    assert ["error" in entry for entry in entries] == [False, True, False, False, True]
+    for number in (1, 4):
+        assert str(paths[number]) in entries[number]["error"]
+    assert len(labels_in(out)) == 3
+
+
+def test_a_picture_that_cannot_be_written_has_an_error(
+    tmp_path: Path, model: StepSegmenter
+) -> None:
+    paths = draw(tmp_path / "in", [(20, 20)] * 3)
+    (tmp_path / "out" / "p001.overlay.jpg").mkdir(parents=True)  # so nothing can take its place
+    entries = list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED)))
+    assert ["error" in entry for entry in entries] == [False, True, False]
+    assert "p001.overlay.jpg" in entries[1]["error"] and "written" in entries[1]["error"]
+    assert str(paths[1]) in entries[1]["error"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def failing_at(
+    model: StepSegmenter, width: int, fault: BaseException
+) -> Callable[..., list[object]]:
+    """The model's `segment_batch`, which fails where a picture of `width` is in the batch."""
+    whole = model.segment_batch
+
+    def segment_batch(images: list[torch.Tensor], *, settings: Settings) -> list[object]:
+        if any(image.shape[2] == width for image in images):
+            raise fault
+        return list(whole(images, settings=settings))
+
+    return segment_batch
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (TokenstepError("the model produced NaN"), "NaN"),
+        (MemoryError(), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory\nmany lines"), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory"),
+    ],
+)
+def test_a_fault_of_the_model_stays_with_its_picture(
+    tmp_path: Path,
+    model: StepSegmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    reason: str,
+) -> None:
+    paths = draw(tmp_path / "in", [(20, 20), (20, 30), (20, 20)])
+    monkeypatch.setattr(model, "segment_batch", failing_at(model, 30, fault))
+    entries = list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED, batch=3)))
+    assert ["error" in entry for entry in entries] == [False, True, False]
+    message = entries[1]["error"]
+    assert reason in message and str(paths[1]) in message and "\n" not in message
+
+
+def test_weights_that_are_not_finite_are_reported(tmp_path: Path, model: StepSegmenter) -> None:
+    paths = draw(tmp_path / "in", [(20, 20)])
+    with torch.no_grad():
+        model.encoder.norm.weight.fill_(float("nan"))
+    (entry,) = segment_files(model, paths, SegmentJob(tmp_path / "out", DENSE))
+    assert "NaN" in entry["error"] and not labels_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_a_stop_leaves_whole_files_only(
+    tmp_path: Path, model: StepSegmenter, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    paths = draw(tmp_path / "in", [(20, 20)] * 4 + [(20, 30)] + [(20, 20)] * 4)
+    monkeypatch.setattr(model, "segment_batch", failing_at(model, 30, fault))
+    with pytest.raises(type(fault)):
+        list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED)))
+    left = list((tmp_path / "out").iterdir())
+    assert left and not [path for path in left if path.name.startswith(".")]
+    for path in left:
+        read_picture(path)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_only_a_few_batches_are_read_ahead(
+    tmp_path: Path, model: StepSegmenter, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    paths = draw(tmp_path / "in", [(8, 8)] * 24)
+    lock, reads = threading.Lock(), []
+
+    def counted(path: Path) -> Image.Image:
+        with lock:
+            reads.append(path)
+        return read_picture(path)
+
+    monkeypatch.setattr(files, "read_picture", counted)
+    job = SegmentJob(tmp_path / "out", REDUCED, batch=batch)
+    for done, _ in enumerate(segment_files(model, paths, job), start=1):
+        assert len(reads) <= done + 4 * batch
+    assert sorted(reads) == paths
+
+
+def test_who_stops_listening_stops_the_work(tmp_path: Path, model: StepSegmenter) -> None:
+    paths = draw(tmp_path / "in", [(8, 8)] * 24)
+    entries = segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED))
+    next(entries)
+    entries.close()
+    assert len(labels_in(tmp_path / "out")) < 6
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ("x.jpg y.png", "x y"),
+        ("x.jpg x.png", "x x_png"),
+        ("a/x.jpg b/x.jpg", "x b_x"),
+        ("a/x.jpg a/x.png b/x.jpg b/x.png", "x x_png b_x b_x_png"),
+        ("x.jpg x.png x_png.gif", "x x_png x_png_gif"),
+        ("b_x.jpg a/x.jpg b/x.jpg", "b_x x b_x_jpg"),
+        ("r/a/x.jpg s/a/x.jpg t/a/x.jpg", "x a_x a_x_jpg"),
+        ("X.jpg x.jpg", "X x_jpg"),
+        ("/a/x.jpg /x.jpg ../x.jpg", "x x_jpg_2 x_jpg_3"),
+        ("x.jpg x.jpg x.jpg", "x x_jpg x_jpg_2"),
+        ("x.tar.png x.tar.jpg", "x.tar x_tar_jpg"),
+    ],
+)
+def test_output_names(paths: str, names: str) -> None:
+    assert output_names([Path(path) for path in paths.split()]) == names.split()
+
+
+@given(
+    st.lists(
+        st.builds(
+            "{}{}{}".format,
+            st.sampled_from(["", "a/", "b/", "a/b/", "/", "../", "A/"]),
+            st.sampled_from(["x", "X", "a_x", "x_jpg", "b_a_x", "x_jpg_2"]),
+            st.sampled_from([".jpg", ".png", ".JPG", ""]),
+        ),
+        max_size=24,
+    )
+)
+def test_output_names_are_distinct_in_any_case(paths: list[str]) -> None:
+    names = output_names([Path(path) for path in paths])
+    assert len({name.casefold() for name in names}) == len(paths)
+    assert not any("/" in name or name.startswith(".") for name in names)
+    if paths:
+        assert names[0] == Path(paths[0]).stem
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_picture_is_overwritten_by_the_result_of_another(
+    tmp_path: Path, model: StepSegmenter, kind: str
+) -> None:
+    (first,) = draw(tmp_path, [(20, 24)])
+    second = tmp_path / f"p000.{kind}"
+    Image.fromarray(pattern(30, 34)).save(second)
+    before = second.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    done = list(segment_files(model, [first, second], SegmentJob(tmp_path / "link", DENSE)))
+    assert second.read_bytes() == before
+    assert [one["name"] for one in done] == ["p000_png", second.stem]
+    assert all((tmp_path / f"p000_png.{kind}").is_file() for kind in KINDS)
