@@ -7,7 +7,7 @@ from tokenstep.core import partition
 from tokenstep.core.partition import Grid
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import unmerge
-from tokenstep.model.result import Segmented
+from tokenstep.model.segmented import Segmented
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedToken
 def cell_logits(segmented: Segmented, index: int, grid: Grid) -> Tensor:
     """Logits of one picture of a batch on its grid of sub-cells, ``(H * s, W * s, C)``."""
     tokens = segmented.tokens
-    spread = unmerge(tokens, segmented.logits, segmented.level)
-    side = spread.shape[1] // segmented.level.shape[1]
+    spread = unmerge(tokens, segmented.logits, segmented.partition)
+    side = spread.shape[1] // segmented.partition.shape[1]
     return spread[index, : grid[0] * side, : grid[1] * side]
 
 

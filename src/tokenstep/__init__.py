@@ -2,14 +2,16 @@
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+from warnings import warn
 
 if TYPE_CHECKING:
-    from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings, VitConfig
+    from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Thresholds, VitConfig
     from tokenstep.core.tokens import PackedTokens
     from tokenstep.errors import TokenstepError
     from tokenstep.hub import load, shipped_models
-    from tokenstep.model.result import Result, TokenUse
-    from tokenstep.model.segmenter import StepSegmenter
+    from tokenstep.model.result import Result
+    from tokenstep.model.segmented import TokenUse
+    from tokenstep.model.segmenter import Segmenter
 
 __version__ = "0.1.0"
 
@@ -19,8 +21,8 @@ __all__ = [
     "PackedTokens",
     "PolicyConfig",
     "Result",
-    "Settings",
-    "StepSegmenter",
+    "Segmenter",
+    "Thresholds",
     "TokenUse",
     "TokenstepError",
     "VitConfig",
@@ -32,12 +34,18 @@ __all__ = [
 # torch takes seconds to import, which `tokenstep --help` must not: a name is fetched from its
 # module when it is first asked for (PEP 562).
 _MODULES = {
-    "config": ("DENSE", "ModelConfig", "PolicyConfig", "Settings", "VitConfig"),
+    "config": ("DENSE", "ModelConfig", "PolicyConfig", "Thresholds", "VitConfig"),
     "errors": ("TokenstepError",),
     "hub": ("load", "shipped_models"),
-    "model.result": ("Result", "TokenUse"),
-    "model.segmenter": ("StepSegmenter",),
+    "model.result": ("Result",),
+    "model.segmented": ("TokenUse",),
+    "model.segmenter": ("Segmenter",),
     "core.tokens": ("PackedTokens",),
+}
+# Names of earlier versions: what each is called now, and where the old name still lies.
+_FORMER = {
+    "Settings": ("Thresholds(...)", "config", "Thresholds"),
+    "Segmenter": ("Segmenter.build(config)", "model.deprecated", "Segmenter"),
 }
 
 if not TYPE_CHECKING:  # to a type checker a name that is none must be one
@@ -49,6 +57,10 @@ if not TYPE_CHECKING:  # to a type checker a name that is none must be one
             if name in names:
                 value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
                 return value
+        if name in _FORMER:
+            now, module, there = _FORMER[name]
+            warn(f"tokenstep.{name}: use tokenstep.{now}", DeprecationWarning, stacklevel=2)
+            return getattr(import_module(f"{__name__}.{module}"), there)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,18 +11,16 @@ from conftest import TinyModel
 from samples import pattern
 from support import scramble
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.explain.views import View, depths_of, explain_picture, look, over_pixels
-from tokenstep.model.segmenter import StepSegmenter
-from tokenstep.reducers.base import Halt
-from tokenstep.reducers.exits import EarlyPruning
+from tokenstep.model.segmenter import Segmenter
 
-STEP = Settings(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
+STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model(cells=2)
     scramble(model)
     model.config = replace(model.config, temperatures=(1.5, 0.7))
@@ -33,45 +31,38 @@ def picture(height: int = 70, width: int = 101) -> torch.Tensor:
     return torch.from_numpy(pattern(height, width)).permute(2, 0, 1)
 
 
-def seen_by_pruning(
-    model: StepSegmenter, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> list[np.ndarray]:
-    """The confidences that the exits really judged by, prefix rows left out, sorted."""
-    seen = []
-    whole = EarlyPruning.__call__
+def judged_by(model: Segmenter, thresholds: Thresholds) -> list[np.ndarray]:
+    """The confidences that the exits judge by, prefix rows left out, sorted."""
+    found = []
+    (pruning,) = model.pruning(thresholds)
 
-    def watched(pruning: EarlyPruning, tokens: PackedTokens, blocks_run: int) -> Halt | None:
-        if blocks_run in pruning.exits.after:
-            confidence, _ = pruning.judged(tokens.x, pruning.exits.after.index(blocks_run))
-            seen.append(np.sort(confidence[~tokens.is_prefix].numpy()))
-        return whole(pruning, tokens, blocks_run)
+    def watch(tokens: PackedTokens, blocks_run: int) -> None:
+        if blocks_run in model.exits.after:
+            confidence, _ = pruning.judged(tokens.x, model.exits.after.index(blocks_run))
+            found.append(np.sort(confidence[~tokens.is_prefix].numpy()))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(EarlyPruning, "__call__", watched)
-        model.segment_batch([picture()], settings=settings)
-    return seen
+    model.segment_batch([picture()], thresholds=thresholds, reducers=[watch])
+    return found
 
 
-def test_looking_on_changes_nothing(model: StepSegmenter) -> None:
-    view, alone = look(model, picture(), STEP), model.segment_batch([picture()], settings=STEP)[0]
+def test_looking_on_changes_nothing(model: Segmenter) -> None:
+    view, alone = look(model, picture(), STEP), model.segment_batch([picture()], thresholds=STEP)[0]
     assert np.array_equal(view.result.labels, alone.labels)
     assert np.array_equal(view.result.tokens.layer, alone.tokens.layer)
     assert view.result.cost == alone.cost
     assert sum(alone.tokens.halted.values()) > 0, "else this says little"
 
 
-def test_confidences_are_those_that_tokens_halt_by(
-    model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_confidences_are_those_that_tokens_halt_by(model: Segmenter) -> None:
     view = look(model, picture(), STEP)
     first = np.unique(view.result.tokens.owner)
-    for seen, judged in zip(view.exits, seen_by_pruning(model, STEP, monkeypatch), strict=True):
+    for seen, judged in zip(view.exits, judged_by(model, STEP), strict=True):
         of_tokens = seen.confidence.ravel()[first]
         of_tokens = of_tokens[~np.isnan(of_tokens)]
         np.testing.assert_allclose(np.sort(of_tokens), judged, atol=1e-6)
 
 
-def test_an_exit_sees_what_had_not_halted(model: StepSegmenter) -> None:
+def test_an_exit_sees_what_had_not_halted(model: Segmenter) -> None:
     view = look(model, picture(), STEP)
     layer = view.result.tokens.layer
     for seen in view.exits:
@@ -80,7 +71,7 @@ def test_an_exit_sees_what_had_not_halted(model: StepSegmenter) -> None:
         assert (seen.confidence[layer == seen.after] > STEP.exits[0]).all()
 
 
-def test_exits_that_are_off_look_on_all_the_same(model: StepSegmenter) -> None:
+def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
     view = look(model, picture(), DENSE)
     assert [seen.after for seen in view.exits] == list(model.exits.after)
     for seen in view.exits:
@@ -89,9 +80,9 @@ def test_exits_that_are_off_look_on_all_the_same(model: StepSegmenter) -> None:
     assert all(row["halted"] == 0 and row["above_the_bar"] is None for row in report["exits"])
 
 
-@pytest.mark.parametrize("settings", [STEP, DENSE, STEP.without_exits(), STEP.without_merging()])
-def test_the_rows_add_up(model: StepSegmenter, settings: Settings) -> None:
-    view = look(model, picture(), settings)
+@pytest.mark.parametrize("thresholds", [STEP, DENSE, STEP.without_exits(), STEP.without_merging()])
+def test_the_rows_add_up(model: Segmenter, thresholds: Thresholds) -> None:
+    view = look(model, picture(), thresholds)
     report, use = explain_picture(view), view.result.tokens
     json.dumps(report, allow_nan=False)
     assert sum(row["tokens"] for row in report["sizes"]) == use.start
@@ -107,7 +98,7 @@ def test_the_rows_add_up(model: StepSegmenter, settings: Settings) -> None:
         assert row["halted"] <= (row["above_the_bar"] or 0)
 
 
-def test_live_tokens_fall_only_at_exits(model: StepSegmenter) -> None:
+def test_live_tokens_fall_only_at_exits(model: Segmenter) -> None:
     use = look(model, picture(), STEP).result.tokens
     for block, (before, now) in enumerate(pairwise(use.live), start=1):
         assert now <= before and (now == before or block in use.halted)

@@ -8,22 +8,22 @@ import torch
 from conftest import CLASSES, TinyModel
 from PIL import Image
 from samples import labelled_folder, told
+from support import scramble
 from torch import Tensor
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition as superpatches
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.choices import PARTITIONS, Partition
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import Tally
-from tokenstep.measure.quality import Run
-from tokenstep.model.network import Lap, Sights
+from tokenstep.measure.quality import Run, segment_as
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
-from tokenstep.policies.dcts import Sight
+from tokenstep.model.segmenter import Segmenter
+from tokenstep.policies.batch import homogeneity, policy_features
 
 SIZES = [(40, 56), (64, 32), (17, 90)]
-MERGED = Settings(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
+MERGED = Thresholds(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
 
 
 @pytest.fixture
@@ -32,41 +32,22 @@ def folder(tmp_path: Path) -> LabelledFolder:
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model()
 
 
-def levels_of(
-    model: StepSegmenter,
-    folder: LabelledFolder,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> list[Tensor]:
-    """The partitions that the reduced half of an evaluation really ran."""
-    seen: list[Tensor] = []
-    whole = model.encode
-
-    def encode(
-        normal: list[Tensor],
-        level: Tensor,
-        *,
-        settings: Settings,
-        sights: Sights,
-        reducers: tuple[()],
-        lap: Lap,
-    ) -> object:
-        seen.append(level)
-        return whole(normal, level, settings=settings, sights=sights, reducers=reducers, lap=lap)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "encode", encode)
-        evaluate(model, folder, run, dense=False)
-    return seen
+def levels_of(model: Segmenter, folder: LabelledFolder, run: Run) -> list[Tensor]:
+    """The partitions of a folder's pictures under ``run``."""
+    generator = torch.Generator().manual_seed(run.seed)
+    return [
+        torch.from_numpy(
+            segment_as(model, image, label, run=run, generator=generator).tokens.level
+        )[None]
+        for image, label in folder
+    ]
 
 
-def test_the_report_is_complete_and_plain_json(
-    model: StepSegmenter, folder: LabelledFolder
-) -> None:
+def test_the_report_is_complete_and_plain_json(model: Segmenter, folder: LabelledFolder) -> None:
     seen: list[None] = []
     run = Run(MERGED, tolerance=0.1)
     found = evaluate(model, folder, run, on_picture=lambda: seen.append(None))
@@ -97,12 +78,12 @@ def test_the_report_is_complete_and_plain_json(
         )
 
 
-def test_scores_come_from_one_summed_count(model: StepSegmenter, folder: LabelledFolder) -> None:
+def test_scores_come_from_one_summed_count(model: Segmenter, folder: LabelledFolder) -> None:
     found = evaluate(model, folder, Run(MERGED))
-    for half, settings in (("dense", DENSE), ("reduced", MERGED)):
+    for half, thresholds in (("dense", DENSE), ("reduced", MERGED)):
         tally, starts, costs = Tally(len(CLASSES)), [], []
         for image, label in folder:
-            result = model.segment(image, settings=settings)
+            result = model.segment(image, thresholds=thresholds)
             assert isinstance(result, Result)
             tally.add(torch.from_numpy(result.labels), label)
             starts.append(result.tokens.start)
@@ -116,7 +97,7 @@ def test_scores_come_from_one_summed_count(model: StepSegmenter, folder: Labelle
 
 
 def test_the_dense_half_spends_nothing_on_policy_and_exits(
-    model: StepSegmenter, folder: LabelledFolder
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
     found = evaluate(model, folder, Run(MERGED))
     dense, reduced = found["dense"], found["reduced"]
@@ -129,7 +110,7 @@ def test_the_dense_half_spends_nothing_on_policy_and_exits(
     assert "dense" not in evaluate(model, folder, Run(DENSE), dense=False)
 
 
-def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: StepSegmenter) -> None:
+def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: Segmenter) -> None:
     with torch.no_grad():  # the model says "road" everywhere
         model.decoder.linear.bias.view(-1, len(CLASSES))[:, 0] = 1e4
     root = labelled_folder(tmp_path / "set", CLASSES, [(8, 16)])
@@ -139,13 +120,11 @@ def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: StepSegment
     assert half["miou"] == half["accuracy"] == 1 and half["boundary_iou"] is None
 
 
-def test_oracle_takes_what_is_pure_by_the_labels(
-    model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oracle_takes_what_is_pure_by_the_labels(model: Segmenter, folder: LabelledFolder) -> None:
     counts = []
     for tolerance in (0.0, 0.3, 1.0):
         run = Run(MERGED, "oracle", tolerance)
-        levels = levels_of(model, folder, run, monkeypatch)
+        levels = levels_of(model, folder, run)
         counts.append(sum(int(superpatches.token_counts(level)) for level in levels))
         for (_, label), level in zip(folder, levels, strict=True):
             sides = {"patch": 8, "sizes": (2, 4), "classes": len(CLASSES)}
@@ -154,27 +133,21 @@ def test_oracle_takes_what_is_pure_by_the_labels(
     assert counts[0] > counts[1] > counts[2], "the more impurity passes, the fewer tokens"
 
 
-def test_uniform_merges_nothing(
-    model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for level in levels_of(model, folder, Run(MERGED, "uniform"), monkeypatch):
+def test_uniform_merges_nothing(model: Segmenter, folder: LabelledFolder) -> None:
+    for level in levels_of(model, folder, Run(MERGED, "uniform")):
         assert not level.any()
 
 
 def test_random_keeps_the_policys_counts_and_moves_the_places(
-    model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
-    def top_left(sight: Sight) -> list[Tensor]:
-        """Scores that take one superpatch of each size, side by side."""
-        grid = sight.grid
-        scores = [torch.zeros(1, grid[0] // size, grid[1] // size) for size in (2, 4)]
-        scores[0][:, :1, 2:3] = scores[1][:, :1, :1] = 1
-        return scores
-
-    monkeypatch.setattr(model, "scores", top_left)
+    scramble(model.policy)
+    (group,) = policy_features(model.policy, model.normalise([folder[0][0]]))
+    pairs, fours = homogeneity(model.policy, group.features)
+    half = Thresholds((float(pairs.median()), float(fours.min()) - 1e-3))
 
     def run(partition: Partition, seed: int = 0) -> list[Tensor]:
-        return levels_of(model, folder, Run(MERGED, partition, seed=seed), monkeypatch)
+        return levels_of(model, folder, Run(half, partition, seed=seed))
 
     learned, drawn, again, other = run("policy"), run("random"), run("random"), run("random", 1)
     for policy, random in zip(learned, drawn, strict=True):
@@ -187,14 +160,14 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_only_the_policy_is_charged_for(
-    model: StepSegmenter, folder: LabelledFolder, partition: Partition
+    model: Segmenter, folder: LabelledFolder, partition: Partition
 ) -> None:
     gmac = evaluate(model, folder, Run(MERGED, partition))["reduced"]["gmac"]
     assert (gmac["policy"] > 0) == (partition == "policy")
     assert gmac["total"] > gmac["policy"]
 
 
-def test_other_classes_are_refused(tmp_path: Path, model: StepSegmenter) -> None:
+def test_other_classes_are_refused(tmp_path: Path, model: Segmenter) -> None:
     root = labelled_folder(tmp_path / "set", ("road", "tree", "water"), SIZES)
     data = LabelledFolder(root, "test")
     message = told(root, lambda _: evaluate(model, data, Run(MERGED)))
@@ -203,7 +176,7 @@ def test_other_classes_are_refused(tmp_path: Path, model: StepSegmenter) -> None
 
 @pytest.mark.gpu
 def test_partitions_follow_the_model_to_its_device(
-    model: StepSegmenter, folder: LabelledFolder
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
     for partition in PARTITIONS:
         run = Run(MERGED, partition)

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 
-from tokenstep.model.positions import resampled, sincos_positions
+from tokenstep.hosts.timm_vit import sincos_positions
+from tokenstep.model.positions import resampled
 
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
 

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenstep.core import partition
 from tokenstep.core.tokens import PackedTokens
+from tokenstep.model.embed import ConvEmbed, LinearEmbed
 from tokenstep.model.positions import resampled
-from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser, owners
+from tokenstep.model.supertokens import Tokeniser, owners
 
 SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=3)
 

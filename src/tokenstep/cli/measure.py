@@ -1,6 +1,5 @@
 """The commands that measure on labelled pictures: evaluate, calibrate, compare."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from tokenstep.cli.options import (
 )
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.choices import PARTITIONS, Search
+from tokenstep.serve import summary
 from tokenstep.terminal import as_json, console, progress_bar, require_extra
 
 app = typer.Typer()
@@ -62,20 +62,20 @@ def evaluate_command(
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    run = Run(settings, source, tolerance)
+    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    run = Run(thresholds, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
     of = {"model": model, "data": data.resolve().name, "split": split}
-    report = {**of, **found, "point": point and asdict(point)}
+    report = {**of, **found, "point": point and point.report()}
     if printed:
         print(as_json(report))
         return
     if json_file is not None:
         write_text(json_file, as_json(report) + "\n")
     console.print(tables.evaluated(report))
-    print(tables.warned(report["warnings"]), end="")
+    print(summary.warned(report["warnings"]), end="")
 
 
 @app.command("calibrate")
@@ -163,18 +163,18 @@ def compare_command(
     require_writable(out)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]
     with progress_bar() as progress:
         task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
         rows = compare(
-            network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
+            network, folder, thresholds, others=others, on_picture=lambda: progress.advance(task)
         )
     of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
     write_text(out / "compare.json", as_json({**of, "warnings": warnings, "rows": rows}) + "\n")
-    text = markdown(rows) + tables.warned(warnings)
+    text = markdown(rows) + summary.warned(warnings)
     write_text(out / "compare.md", text)
     title = f"{model} on {of['data']} {split}, {len(folder)} pictures"
     write_whole(out / "compare.png", lambda path: figure(rows, path, title))

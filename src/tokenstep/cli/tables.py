@@ -3,16 +3,13 @@
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from tokenstep.config import OperatingPoint
-
-_FILES = ("read", "write")  # the stages that are not the model's own
+from tokenstep.serve import summary
 
 
 def segmented(entries: Sequence[dict[str, Any]]) -> Table:
@@ -34,22 +31,10 @@ def segmented(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _milliseconds(entry: dict[str, Any]) -> str:
-    used = model_milliseconds(entry)
+    used = summary.model_milliseconds(entry)
     if "dense" not in entry:
         return f"{used:.0f}"
-    return f"{model_milliseconds(entry['dense']):.0f} -> {used:.0f}"
-
-
-def spent(entries: Sequence[dict[str, Any]]) -> str:
-    """What the pictures of ``report.json`` cost themselves, whatever a calibration measured."""
-    used, dense = (fmean(entry["gmac"][key] for entry in entries) for key in ("used", "dense"))
-    whose = "this picture" if len(entries) == 1 else f"mean of these {len(entries)} pictures"
-    return f"{whose}: {used:.2f} GMAC, {dense:.2f} for the dense model"
-
-
-def model_milliseconds(entry: dict[str, Any]) -> float:
-    """The model's own time in an entry of ``report.json``, without reading and writing files."""
-    return float(sum(time for stage, time in entry["milliseconds"].items() if stage not in _FILES))
+    return f"{summary.model_milliseconds(entry['dense']):.0f} -> {used:.0f}"
 
 
 def evaluated(report: dict[str, Any]) -> Table:
@@ -82,11 +67,6 @@ def checked(report: dict[str, Any]) -> Table:
     return table
 
 
-def warned(warnings: Sequence[str]) -> str:
-    """Warnings as they stand below a table, in Markdown too; no text if there is none."""
-    return "".join(f"\nwarning: {warning}\n" for warning in warnings)
-
-
 def calibrated(report: dict[str, Any]) -> Table:
     """The operating points of a calibration, cheap to dear, and the dense model below them."""
     table = Table(
@@ -94,16 +74,16 @@ def calibrated(report: dict[str, Any]) -> Table:
         *("halted,\nshare\nof them", "merge", "exits", "spare"),
     )
     for point in report["points"]:
-        settings = point["settings"]
+        thresholds = point["settings"]
         table.add_row(
             f"{point['loss']:.2f}",
             f"{point['miou']:.4f}",
             f"{point['gmac']:.2f}",
             f"{point['tokens']:.0f}",
             f"{point['halted_share']:.2f}",
-            " ".join(f"{bar:g}" for bar in settings["merge"]) or "off",
-            " ".join(f"{bar:g}" for bar in settings["exits"]) or "off",
-            str(settings["spare"]),
+            " ".join(f"{bar:g}" for bar in thresholds["merge"]) or "off",
+            " ".join(f"{bar:g}" for bar in thresholds["exits"]) or "off",
+            str(thresholds["spare"]),
         )
     dense = report["dense"]
     cost, tokens = f"{dense['gmac']['total']:.2f}", f"{dense['tokens']['start']:.0f}"
@@ -166,11 +146,3 @@ def grown(rows: Sequence[dict[str, Any]]) -> Table:
             "-" if row["memory"] is None else f"{row['memory']:.2f}",
         )
     return table
-
-
-def promise(point: OperatingPoint) -> str:
-    """What an operating point was measured to lose, to what and on what."""
-    return (
-        f"operating point: {point.loss:.2f} points of mIoU below the best that calibration found, "
-        f"on {point.images} pictures of {point.split}"
-    )

@@ -1,13 +1,15 @@
 """The timm ViT that a model is built around."""
 
+import math
 from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 from tokenstep.config import VitConfig
-from tokenstep.model.encoder import require_supported
-from tokenstep.model.positions import sincos_positions
+from tokenstep.core.partition import Grid
+from tokenstep.hosts.timm_block import require_supported
 
 
 def build_vit(config: VitConfig) -> Any:
@@ -47,3 +49,19 @@ def build_vit(config: VitConfig) -> Any:
             # As strong as timm's random start is wide, times the few that a pattern needs.
             table[:, -cells:] = 0.1 * sincos_positions(vit.patch_embed.grid_size, table.shape[-1])
     return vit
+
+
+def sincos_positions(grid: Grid, dim: int) -> Tensor:
+    """Fixed sine and cosine positions ``(1, H * W, D)`` to start a position table from.
+
+    Half of the channels code the row and half the column (MAE, arXiv 2111.06377).
+
+    Raises:
+        ValueError: ``dim`` is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sine and cosine positions need a width divisible by 4, got {dim}")
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(dim // 4) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]

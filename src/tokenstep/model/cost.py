@@ -7,14 +7,18 @@ counted, as in the literature.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tokenstep.core.attention import biased_width
-from tokenstep.model.decode import LinearDecoder, MaskDecoder
+from tokenstep.core.partition import grid_of, token_counts
+from tokenstep.model.build import Parts
+from tokenstep.model.decoder import LinearDecoder, MaskDecoder
+from tokenstep.model.segmented import Segmented
 from tokenstep.policies.growth import count_macs
 from tokenstep.reducers.exits import ExitHeads
 
@@ -91,3 +95,55 @@ def embed_macs(embed: nn.Module, extent: int) -> int:
     return count_macs(
         embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
     )
+
+
+class CostCounter:
+    """Counts the compute of pictures, from the parts of a segmenter."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.size_bias = parts.encoder.settings.size_bias
+
+    def of(self, segmented: Segmented, index: int) -> Cost:
+        """Compute of picture ``index`` of a batch, from the rows that each block really saw."""
+        rows = [rows[index] for rows in segmented.live]
+        size, halted = segmented.sizes[index], segmented.tokens.halted is not None
+        total = self._of_rows(
+            size, rows, segmented.end(index), scored=segmented.scored, exits=halted
+        )
+        sub_patches = self.parts.tokenise.sub_patches
+        if sub_patches is None:
+            return total
+        # The side path embeds every patch inside a superpatch, and projects their mean.
+        merged = segmented.partition[index].clamp(min=0)
+        patches, supertokens = int((merged > 0).sum()), int(token_counts(merged[merged > 0][None]))
+        aside = self._embed_macs * patches + linear_macs(sub_patches) * supertokens
+        return replace(total, embed=total.embed + aside / GIGA)
+
+    def dense(self, size: tuple[int, int]) -> Cost:
+        """Compute of a picture of ``size`` (h, w) without scores, merging and exits."""
+        tokenise, blocks = self.parts.tokenise, self.parts.encoder.blocks
+        height, width = grid_of(size, tokenise.patch)
+        rows = height * width + tokenise.prefix_count
+        return self._of_rows(size, [rows] * len(blocks), rows, scored=False, exits=False)
+
+    def _of_rows(
+        self, size: tuple[int, int], rows: Sequence[int], end: int, *, scored: bool, exits: bool
+    ) -> Cost:
+        """Compute of a picture of which block k saw ``rows[k]`` rows and the decoder ``end``."""
+        parts, context = self.parts, self.parts.tokenise.context
+        seen = scored or context is not None
+        embed = self._embed_macs + (0 if context is None else linear_macs(context))
+        blocks = list(parts.encoder.blocks)
+        return Cost(
+            policy=(parts.policy.macs(size, scores=scored) if seen else 0) / GIGA,
+            embed=embed * (rows[0] - parts.tokenise.prefix_count) / GIGA,
+            blocks=blocks_macs(blocks, rows, size_bias=self.size_bias) / GIGA,
+            exits=(exits_macs(parts.exits, rows) if exits else 0) / GIGA,
+            decoder=decoder_macs(parts.decoder, end) / GIGA,
+        )
+
+    @cached_property
+    def _embed_macs(self) -> int:
+        tokenise = self.parts.tokenise
+        return embed_macs(tokenise.embed, tokenise.patch + 2 * tokenise.margin)

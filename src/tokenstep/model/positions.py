@@ -1,7 +1,5 @@
 """Position embeddings for any grid."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,19 +30,3 @@ def _weights(old: int, new: int, device: torch.device) -> Tensor:
     places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
     mixed: Tensor = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
     return mixed[0, :, :, 0].t()
-
-
-def sincos_positions(grid: Grid, dim: int) -> Tensor:
-    """Fixed sine and cosine positions ``(1, H * W, D)`` to start a position table from.
-
-    Half of the channels code the row and half the column (MAE, arXiv 2111.06377).
-
-    Raises:
-        ValueError: ``dim`` is no multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(f"sine and cosine positions need a width divisible by 4, got {dim}")
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(dim // 4) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]

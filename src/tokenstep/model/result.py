@@ -1,4 +1,4 @@
-"""What segmenting returns: the raw outcome of a forward, and one picture's result for users."""
+"""One picture's result, as users meet it."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,42 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from tokenstep.core.tokens import PackedTokens
 from tokenstep.model.cost import Cost
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Segmented:
-    """What a forward returns: logits of the live tokens, and where each token speaks."""
-
-    tokens: PackedTokens  # after the last block
-    logits: Tensor  # (T, S, C) of the live rows; halted ones keep theirs in tokens.halted
-    level: Tensor  # (B, H, W) int8, the partition
-    live: tuple[tuple[int, ...], ...]  # rows of each picture that entered each block
-    sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenUse:
-    """Where one picture's tokens went. Prefix tokens (CLS, registers) are not counted."""
-
-    grid: int  # patches of the picture: the tokens of the dense model
-    start: int  # tokens that entered the first block
-    end: int  # tokens that were live after the last block
-    halted: dict[int, int]  # blocks run -> tokens that halted there, one entry per exit
-    level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
-    layer: NDArray[np.int16]  # (H, W): blocks that ran for the cell's token
-    depth: int  # blocks of the model
-    owner: NDArray[np.int64]  # (H, W): flat index of the first cell that the cell's token has
-    live: tuple[int, ...]  # tokens that entered each block
-
-
-def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Name each token by the flat index of its first cell; ``owner (H, W)`` has any names."""
-    _, first, token = np.unique(owner, return_index=True, return_inverse=True)
-    return first[token].reshape(owner.shape)
+from tokenstep.model.segmented import TokenUse
 
 
 @dataclass(frozen=True, slots=True, eq=False)

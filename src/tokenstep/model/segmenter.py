@@ -1,60 +1,141 @@
-"""Pictures in, results out: the model as users meet it, with save and load."""
+"""The model: its pipeline in one forward, pictures in and results out, save and load."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenstep.config import DENSE, ModelConfig, Settings, from_dict
-from tokenstep.core.partition import grid_of, token_counts
-from tokenstep.core.unmerge import layer_of_cells
+from tokenstep.config import ModelConfig, Thresholds, from_dict
+from tokenstep.core.attention import Backend
 from tokenstep.data.pictures import Picture, picture_tensor, write_text
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
 from tokenstep.errors import TokenstepError
-from tokenstep.model import cost
+from tokenstep.model.build import Parts, step_parts
 from tokenstep.model.card import model_card
-from tokenstep.model.cost import Cost
-from tokenstep.model.network import StepNetwork
-from tokenstep.model.result import Result, Segmented, TokenUse, first_cells
-from tokenstep.model.weight_files import save_weights
+from tokenstep.model.cost import CostCounter
+from tokenstep.model.decoder import MaskDecoder
+from tokenstep.model.label_map import label_maps
+from tokenstep.model.normalise import Normalise
+from tokenstep.model.renamed import renamed, with_new_keys
+from tokenstep.model.result import Result
+from tokenstep.model.segmented import Segmented, token_uses
+from tokenstep.model.stage_timer import StageTimer
+from tokenstep.model.weight_files import load_weights, save_weights
+from tokenstep.policies.batch import features_on_grids, partition_by, policy_features
 from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.exits import EarlyPruning
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _NO_LISTS = (str, bytes, bytearray, memoryview)  # sequences, but one picture or none
 
 
-class StepSegmenter(
-    StepNetwork, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
+class Segmenter(
+    nn.Module, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
 ):
     """A plain ViT segmenter with dCTS supertokens and early pruning (STEP, arXiv 2509.14165).
 
-    Raises:
-        ValueError: the backbone has a part that packed tokens cannot run, by name.
+    The parts are handed in; :meth:`build` makes them from the settings alone.
     """
 
     # The annotation is a string so that the hub mixin hands config.json over as a plain dict:
     # its own conversion knows neither nested settings nor tuples.
-    def __init__(self, config: "ModelConfig") -> None:
-        super().__init__(config)
+    def __init__(self, config: "ModelConfig", parts: Parts) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = parts.tokenise.patch
+        self.normalise = Normalise(config.mean, config.std)
+        self.policy = parts.policy
+        self.tokenise = parts.tokenise
+        self.encoder = parts.encoder
+        self.exits = parts.exits
+        self.decoder = parts.decoder
+        self.costs = CostCounter(parts)
+
+    @classmethod
+    def build(cls, config: ModelConfig) -> Self:
+        """The segmenter that ``config`` describes, untrained.
+
+        Raises:
+            ValueError: the ViT has a part that packed tokens cannot run, by name; or the exits do
+                not lie between its blocks.
+        """
+        return cls(config, step_parts(config))
+
+    def forward(
+        self,
+        pictures: Tensor | Sequence[Tensor],
+        *,
+        thresholds: Thresholds | None = None,
+        partition: Tensor | None = None,
+        unmerged: Tensor | None = None,
+        reducers: Sequence[Reducer] = (),
+    ) -> Segmented:
+        """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, RGB.
+
+        They are uint8, or float in 0..1. ``thresholds`` default to the model's own; ``partition
+        (B, H, W)`` replaces the policy's; ``unmerged (B,)`` is a mask of pictures that keep all of
+        their patches (training runs some of them so); ``reducers`` are asked after each block
+        before the exits are.
+
+        Raises:
+            TokenstepError: the policy's scores are not finite.
+            ValueError: there is not one threshold per superpatch size or exit, or ``partition``
+                does not cover the pictures' cells.
+        """
+        thresholds = self.config.thresholds if thresholds is None else thresholds
+        merge = thresholds.merge if partition is None else ()
+        normal = self.normalise(pictures)
+        context = self.tokenise.context is not None
+        seen = policy_features(self.policy, normal) if merge or context else []
+        if partition is None:
+            partition = partition_by(self.policy, normal, seen, merge)
+        if unmerged is not None:
+            whole = unmerged.view(-1, 1, 1)
+            partition = torch.where(whole, partition.clamp(max=0), partition)
+        tokens = self.tokenise(
+            normal, partition, features_on_grids(self.policy, seen) if context else None
+        )
+        tokens, live = self.encoder(tokens, [*reducers, *self.pruning(thresholds)])
+        return Segmented(
+            tokens=tokens,
+            logits=self.decoder(tokens),
+            partition=partition,
+            live=tuple(live),
+            sizes=tuple((picture.shape[-2], picture.shape[-1]) for picture in normal),
+            patch=self.patch,
+            prefix=self.tokenise.prefix_count,
+            scored=bool(merge),
+        )
+
+    def partition(self, pictures: Sequence[Tensor], thresholds: Thresholds) -> Tensor:
+        """The policy's partition ``(B, H, W)`` of pictures ``(3, h, w)``, without segmenting."""
+        normal = self.normalise(pictures)
+        seen = policy_features(self.policy, normal) if thresholds.merge else []
+        return partition_by(self.policy, normal, seen, thresholds.merge)
+
+    def pruning(self, thresholds: Thresholds) -> list[EarlyPruning]:
+        """The reducer that halts tokens at the exits; none where they are off."""
+        if not thresholds.exits:
+            return []
+        bars, temperatures = thresholds.exits, self.config.temperatures
+        return [EarlyPruning(self.exits, bars, thresholds.spare, temperatures=temperatures)]
 
     @torch.inference_mode()
     def segment(
         self,
         pictures: Picture | Sequence[Picture],
         *,
-        settings: Settings | None = None,
+        thresholds: Thresholds | None = None,
         max_loss: float | None = None,
         max_side: MaxSide = "auto",
+        settings: Thresholds | None = None,
     ) -> Result | list[Result]:
         """Segment one picture, or a list of them as one batch; sizes may differ.
 
@@ -63,19 +144,19 @@ class StepSegmenter(
         gives a list. Pictures of a larger side than ``max_side`` are scaled down to it first, and
         their label maps back (``result.scaled_to`` says so): "auto" is the scale that the model was
         trained at, if it has one (``config.long_side``), None takes pictures as they are.
-        ``settings`` default to the model's own; ``Settings()`` is the dense model. ``max_loss``
+        ``thresholds`` default to the model's own; ``Thresholds()`` is the dense model. ``max_loss``
         takes the cheapest operating point that was measured to lose at most so many points of
-        mIoU instead; 0 is dense.
+        mIoU instead; 0 is dense. ``settings`` is the former name of ``thresholds``.
 
         Raises:
             TokenstepError: a picture cannot be read, the logits are not finite, or the model has
                 no operating points to choose from.
         """
+        thresholds = renamed("settings", settings, "thresholds", thresholds)
         if max_loss is not None:
-            if settings is not None:
-                raise TokenstepError("give settings or max_loss, not both")
-            point = self.config.point_within(max_loss)
-            settings = DENSE if point is None else point.settings
+            if thresholds is not None:
+                raise TokenstepError("give thresholds or max_loss, not both")
+            thresholds, _ = self.config.at(max_loss)
         side = side_for(max_side, self.config.long_side)
         many = isinstance(pictures, Sequence) and not isinstance(pictures, _NO_LISTS)
         sizes, scaled = [], []
@@ -83,7 +164,7 @@ class StepSegmenter(
             whole = picture_tensor(picture)
             sizes.append((whole.shape[2], whole.shape[1]))
             scaled.append(scaled_tensor(whole, side))
-        results = self.segment_batch(scaled, settings=settings)
+        results = self.segment_batch(scaled, thresholds=thresholds)
         results = [one.enlarged(*size) for one, size in zip(results, sizes, strict=True)]
         return results if many else results[0]
 
@@ -92,125 +173,66 @@ class StepSegmenter(
         self,
         pictures: Sequence[Picture],
         *,
-        settings: Settings | None = None,
-        level: Tensor | None = None,
+        thresholds: Thresholds | None = None,
+        partition: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
     ) -> list[Result]:
         """:meth:`segment` for a list, never scaled; times are the batch's, over its pictures.
 
-        ``level (B, H, W)`` replaces the policy's partition, for comparisons; ``reducers`` are
-        asked after each block before the exits are, and may just look on.
+        ``partition (B, H, W)`` replaces the policy's, for comparisons; ``reducers`` are asked
+        after each block before the exits are, and may just look on.
         """
         if not pictures:
             return []
-        settings = self.config.settings if settings is None else settings
-        if not isinstance(settings, Settings):
-            kinds = "give tokenstep.Settings(...); Settings() is the dense model"
-            raise TokenstepError(f"settings is {settings!r}: {kinds}")
-        device = cast(Tensor, self.mean).device
-        clock = _Clock(device)
-        # Moved as bytes: a quarter of what floats are.
-        normal = self.normalise([picture_tensor(one).to(device) for one in pictures])
-        clock.lap("prepare")
-        sights = self.look(normal)
-        by_policy = level is None and bool(settings.merge)
-        if level is None:
-            level = self.partition(normal, settings, sights)
-        if self.config.vit.policy_features:
-            sights.run()  # or the dense model's encoder would be charged for it
-        clock.lap("policy")
-        segmented = self.encode(
-            normal, level, settings=settings, sights=sights, reducers=reducers, lap=clock.lap
-        )
-        labels = [one.cpu().numpy() for one in self.label_maps(segmented)]
-        clock.lap("unmerge")
-        milliseconds = {stage: time / len(pictures) for stage, time in clock.read().items()}
-        layers = layer_of_cells(segmented.tokens, len(self.encoder.blocks))
-        rows = [self.token_use(segmented, layers, index) for index in range(len(pictures))]
+        if not isinstance(thresholds, Thresholds | None):
+            kinds = "give tokenstep.Thresholds(...); Thresholds() is the dense model"
+            raise TokenstepError(f"thresholds is {thresholds!r}: {kinds}")
+        timer = StageTimer(self.normalise, self.parts, self.device)
+        with timer:
+            # Moved as bytes: a quarter of what floats are.
+            moved = [picture_tensor(picture).to(self.device) for picture in pictures]
+            segmented = self(moved, thresholds=thresholds, partition=partition, reducers=reducers)
+            labels = [one.cpu().numpy() for one in label_maps(segmented)]
+        times = {stage: time / len(pictures) for stage, time in timer.milliseconds().items()}
         return [
             Result(
                 labels=labels[index],
                 class_names=self.config.classes,
                 palette=self.config.palette,
                 tokens=use,
-                cost=self.cost_of(segmented, index, policy=by_policy),
-                dense_cost=self.dense_cost(segmented.sizes[index]),
+                cost=self.costs.of(segmented, index),
+                dense_cost=self.costs.dense(segmented.sizes[index]),
                 patch=self.patch,
-                milliseconds=dict(milliseconds),
+                milliseconds=dict(times),
             )
-            for index, use in enumerate(rows)
+            for index, use in enumerate(token_uses(segmented, self.exits.after))
         ]
 
-    def token_use(self, segmented: Segmented, layers: Tensor, index: int) -> TokenUse:
-        """Where the tokens of picture ``index`` of a batch went; ``layers (B, H, W)``."""
-        height, width = grid_of(segmented.sizes[index], self.patch)
-        prefix, depth = self.tokenise.prefix_count, len(self.encoder.blocks)
-        tokens = segmented.tokens
-        halted = dict.fromkeys(self.exits.after, 0)
-        if tokens.halted is not None:
-            own = tokens.halted.anchor // tokens.owner[0].numel() == index
-            counts = torch.bincount(tokens.halted.layer[own], minlength=depth).tolist()
-            halted = {after: counts[after] for after in self.exits.after}
-        level = segmented.level[index, :height, :width]
-        layer_map = layers[index, :height, :width]
-        return TokenUse(
-            grid=height * width,
-            start=segmented.live[0][index] - prefix,
-            end=int(tokens.offsets.diff()[index]) - prefix,
-            halted=halted,
-            level=level.cpu().numpy(),
-            layer=layer_map.to(torch.int16).cpu().numpy(),
-            depth=depth,
-            owner=first_cells(tokens.owner[index, :height, :width].cpu().numpy()),
-            live=tuple(rows[index] - prefix for rows in segmented.live),
-        )
-
-    def cost_of(self, segmented: Segmented, index: int, *, policy: bool) -> Cost:
-        """Compute of picture ``index`` of a batch, from the rows that each block really saw."""
-        live = [rows[index] for rows in segmented.live]
-        end = int(segmented.tokens.offsets.diff()[index])
-        exits = segmented.tokens.halted is not None
-        total = self._cost(segmented.sizes[index], live, end, policy=policy, exits=exits)
-        if self.tokenise.sub_patches is None:
-            return total
-        # The side path embeds every patch inside a superpatch, and projects their mean.
-        merged = segmented.level[index].clamp(min=0)
-        patches, supertokens = int((merged > 0).sum()), int(token_counts(merged[merged > 0][None]))
-        aside = self._embed_macs * patches
-        aside += cost.linear_macs(self.tokenise.sub_patches) * supertokens
-        return replace(total, embed=total.embed + aside / cost.GIGA)
-
-    def dense_cost(self, size: tuple[int, int]) -> Cost:
-        """Compute of a picture of ``size`` (h, w) without policy, merging and exits."""
-        height, width = grid_of(size, self.patch)
-        rows = height * width + self.tokenise.prefix_count
-        return self._cost(size, [rows] * len(self.encoder.blocks), rows, policy=False, exits=False)
-
-    def _cost(
-        self, size: tuple[int, int], live: Sequence[int], end: int, *, policy: bool, exits: bool
-    ) -> Cost:
-        embedded = live[0] - self.tokenise.prefix_count
-        policy_macs = 0
-        if policy or self.config.vit.policy_features:
-            policy_macs = self.policy.macs(size, scores=policy)
-        return Cost(
-            policy=policy_macs / cost.GIGA,
-            embed=(self._embed_macs + self._context_macs) * embedded / cost.GIGA,
-            blocks=cost.blocks_macs(
-                list(self.encoder.blocks), live, size_bias=self.config.vit.size_bias
-            )
-            / cost.GIGA,
-            exits=(cost.exits_macs(self.exits, live) if exits else 0) / cost.GIGA,
-            decoder=cost.decoder_macs(self.decoder, end) / cost.GIGA,
-        )
+    @property
+    def parts(self) -> Parts:
+        """The parts, one per stage."""
+        return Parts(self.policy, self.tokenise, self.encoder, self.exits, self.decoder)
 
     @property
-    def _context_macs(self) -> int:
-        return cost.linear_macs(self.tokenise.context) if self.tokenise.context is not None else 0
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return cast(Tensor, self.normalise.mean).device
 
-    @cached_property
-    def _embed_macs(self) -> int:
-        return cost.embed_macs(self.tokenise.embed, self.patch + 2 * self.tokenise.margin)
+    def use(self, *, backend: Backend = "auto", checkpointing: bool = False) -> None:
+        """Choose the attention back end, and whether blocks are recomputed in the backward pass."""
+        run = replace(self.encoder.settings, backend=backend, checkpointing=checkpointing)
+        self.encoder.settings = run
+        if isinstance(self.decoder, MaskDecoder):
+            self.decoder.settings = run
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; the policy is never trained here and stays in eval mode.
+
+        The statistics of its norms would drift otherwise.
+        """
+        super().train(mode)
+        self.policy.eval()
+        return self
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
@@ -223,7 +245,7 @@ class StepSegmenter(
         local_files_only: bool,
         token: str | bool | None,
         config: dict[str, Any] | None = None,
-    ) -> "StepSegmenter":
+    ) -> Self:
         """Load safetensors, and nothing else: the mixin's own method may unpickle."""
         if config is None:
             raise TokenstepError(f"{model_id}: holds no model ({CONFIG} is missing)")
@@ -241,8 +263,9 @@ class StepSegmenter(
                     local_files_only=local_files_only,
                 )
             )
-        model = cls(from_dict(ModelConfig, config, f"{model_id}/{CONFIG}"))
-        model.load_weights(path)
+        where = f"{model_id}/{CONFIG}"
+        model = cls.build(from_dict(ModelConfig, with_new_keys(config, where), where))
+        load_weights(model, path)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -254,33 +277,3 @@ class StepSegmenter(
     def generate_model_card(self, *_: object, **__: object) -> ModelCard:
         """The README that a folder gets if it has none."""
         return ModelCard(model_card(self.config))
-
-
-class _Clock:
-    """Milliseconds per stage; on a GPU by events, so that no stage waits for its own end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.stages: list[str] = []
-        self.marks: list[Any] = [self._mark()]
-
-    def _mark(self) -> Any:
-        if not self.cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def lap(self, stage: str) -> None:
-        """End a stage."""
-        self.stages.append(stage)
-        self.marks.append(self._mark())
-
-    def read(self) -> dict[str, float]:
-        """Milliseconds of each stage."""
-        if self.cuda:
-            self.marks[-1].synchronize()
-            times = [start.elapsed_time(end) for start, end in pairwise(self.marks)]
-        else:
-            times = [1000 * (end - start) for start, end in pairwise(self.marks)]
-        return dict(zip(self.stages, times, strict=True))

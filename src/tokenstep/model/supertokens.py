@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed  # type: ignore[attr-defined]  # timm's re-export
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenstep.core import ragged
 from tokenstep.core.partition import Grid, grid_of, halved, uniform
 from tokenstep.core.tokens import PackedTokens
+from tokenstep.hosts.timm_block import PlainViT
 from tokenstep.model.positions import resampled
 
 Places = tuple[Tensor, Tensor, Tensor]  # picture, row and column of superpatches of one side
@@ -24,59 +22,11 @@ Places = tuple[Tensor, Tensor, Tensor]  # picture, row and column of superpatche
 BAND_WINDOWS = 128  # windows cut out at a time, 1.5 MiB of 32 x 32 px: all would leave the caches
 
 
-class LinearEmbed(nn.Module):
-    """timm's patch embedding on patches ``(n, 3, p, p)`` that were cut out before."""
-
-    margin = 0
-
-    def __init__(self, patch_embed: PatchEmbed) -> None:
-        super().__init__()
-        self.proj = patch_embed.proj
-        self.norm = patch_embed.norm
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """``(n, 3, p, p)`` -> ``(n, D)``."""
-        weight = self.proj.weight.flatten(1)
-        return cast(Tensor, self.norm(F.linear(windows.flatten(1), weight, self.proj.bias)))
-
-
-class ConvEmbed(nn.Module):
-    """A small convolutional stem on each patch and half a patch around it; ours.
-
-    It helps a ViT that is trained from scratch on few pictures to see edges (early convolutions,
-    arXiv 2106.14881). Cut per patch, so that it costs nothing for patches that were merged away.
-
-    Raises:
-        ValueError: the patch is too small, or leads to another number of positions.
-    """
-
-    def __init__(self, patch: int, dim: int, width: int = 32) -> None:
-        super().__init__()
-        self.margin = patch // 2
-        step = patch // 4
-        if patch % 2 or step == 0 or not 7 <= 2 * patch // step - 1 <= 8:
-            raise ValueError(f"the conv stem runs on patches of 4, 8, 14, 16 or 32 px, not {patch}")
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, width, 2 * step, stride=step),
-            nn.GELU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * 9, dim),  # two patches / step = 8 positions -> 7 -> 3 a side
-            nn.LayerNorm(dim),
-        )
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """``(n, 3, 2p, 2p)`` -> ``(n, D)``."""
-        # Channels last in memory: on a CPU the convolutions take a third less time.
-        return cast(Tensor, self.layers(windows.contiguous(memory_format=torch.channels_last)))
-
-
 class Tokeniser(nn.Module):
     """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them."""
 
     def __init__(
-        self, vit: VisionTransformer, embed: nn.Module, *, sub_patches: bool, context: int = 0
+        self, vit: PlainViT, embed: nn.Module, *, sub_patches: bool, context: int = 0
     ) -> None:
         super().__init__()
         self.embed = embed

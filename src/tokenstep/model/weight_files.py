@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
 from tokenstep.data.pictures import write_whole
@@ -24,3 +25,25 @@ def save_weights(network: nn.Module, path: Path) -> None:
     # As bytes: safetensors' own file is hidden from the group, and its faults are of its own kind.
     content = save(state)
     write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill every parameter from a safetensors file; other dtypes are converted.
+
+    Raises:
+        TokenstepError: the file is missing, damaged, or does not fit the network.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TokenstepError(
+            f"{path}: cannot read the weights ({error}): fetch or save the model again"
+        ) from error
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TokenstepError(
+            f"{path}: the weights do not fit config.json beside them ({reason}): use the two "
+            "files that were saved together"
+        ) from error

@@ -7,11 +7,12 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from tokenstep.checks import require
-from tokenstep.config import PolicyConfig, Settings, VitConfig, from_dict
+from tokenstep.config import PolicyConfig, Thresholds, VitConfig, from_dict
 from tokenstep.errors import TokenstepError
+from tokenstep.model.renamed import KEYS, with_new_keys
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ class SegmenterRecipe:
     phases: tuple[Phase, ...]
     policy_weights: str
     out: str
-    settings: Settings
+    thresholds: Thresholds
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5
@@ -193,6 +194,7 @@ def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         raise TokenstepError(f"{path}: cannot read the recipe ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TokenstepError(f"{path}: is no TOML file ({error})") from error
+    data = cast(dict[str, Any], with_new_keys(data, str(path)))
     for override in overrides:
         _override(data, override, path)
     return from_dict(kind, data, str(path))
@@ -208,7 +210,7 @@ def _override(data: dict[str, Any], override: str, path: Path) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     table: Any = data
-    *parents, name = key.split(".")
+    *parents, name = (KEYS.get(part, part) for part in key.split("."))
     for parent in parents:
         if isinstance(table, dict):
             table = table.setdefault(parent, {})
@@ -238,7 +240,8 @@ def differences(before: dict[str, Any], recipe: PolicyRecipe | SegmenterRecipe) 
         TokenstepError: ``before`` is no recipe of this kind.
     """
     known = {key: value for key, value in before.items() if key != "digests"}
-    one = _flat(resolved(from_dict(type(recipe), known, "its recipe")))
+    read = from_dict(type(recipe), with_new_keys(known, "its recipe"), "its recipe")
+    one = _flat(resolved(read))
     other = _flat(resolved(recipe))
     return [
         f"{key} {one.get(key, 'absent')} -> {other.get(key, 'absent')}"

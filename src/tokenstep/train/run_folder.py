@@ -17,6 +17,7 @@ from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.pictures import sweep, write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.model.card import model_card, run_card
+from tokenstep.model.renamed import with_new_keys
 from tokenstep.model.segmenter import WEIGHTS
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, differences, resolved
 
@@ -114,7 +115,8 @@ def card_of(folder: Path, config: ModelConfig) -> str:
     if not os.path.isfile(folder / RECIPE):
         return model_card(config)
     read = {key: value for key, value in read_json(folder / RECIPE).items() if key != "digests"}
-    recipe = from_dict(SegmenterRecipe, read, str(folder / RECIPE))
+    where = str(folder / RECIPE)
+    recipe = from_dict(SegmenterRecipe, with_new_keys(read, where), where)
     scores = read_json(folder / SCORES) if os.path.isfile(folder / SCORES) else {}
     return run_card(recipe, config, scores)
 

@@ -10,9 +10,10 @@ from support import grid_tokens, halt, random_partition, scramble
 from torch import Tensor
 
 from tokenstep.core.unmerge import sub_cell_index
-from tokenstep.model import decode
-from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
-from tokenstep.model.encoder import EncoderSettings
+from tokenstep.hosts.timm_block import BlockSettings
+from tokenstep.model import label_map as label_map_module
+from tokenstep.model.decoder import LinearDecoder, MaskDecoder
+from tokenstep.model.label_map import label_map
 from tokenstep.model.supertokens import owners
 
 
@@ -45,7 +46,7 @@ def test_bands_leave_the_label_map_as_it_is(
     height = (grid[0] - 1) * patch + data.draw(st.integers(1, patch))
     width = (grid[1] - 1) * patch + data.draw(st.integers(1, patch))
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(decode, "BAND_FLOATS", band * patch**2 * values.shape[2])
+        patcher.setattr(label_map_module, "BAND_FLOATS", band * patch**2 * values.shape[2])
         got = label_map([values], rows, level, patch=patch, size=(height, width))
     whole = whole_map(values, rows, level, patch)[:, :height, :width]
     assert got.shape == (height, width)
@@ -83,16 +84,16 @@ def test_half_precision_logits(dtype: torch.dtype) -> None:
 
 BAND = """
 import resource, torch
-from tokenstep.model import decode
+from tokenstep.model import label_map
 torch.set_num_threads(1)
-decode.BAND_FLOATS = 2**20
+label_map.BAND_FLOATS = 2**20
 height, width, classes = 16, 64, 150
 values = torch.randn(height * width, 1, classes)
 rows = torch.arange(height * width).view(height, width)
 level = torch.zeros_like(rows)
-decode.label_map([values], rows[:2, :2], level[:2, :2], patch=16, size=(32, 32))
+label_map.label_map([values], rows[:2, :2], level[:2, :2], patch=16, size=(32, 32))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-labels = decode.label_map([values], rows, level, patch=16, size=(height * 16, width * 16))
+labels = label_map.label_map([values], rows, level, patch=16, size=(height * 16, width * 16))
 assert labels.shape == (256, 1024)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
@@ -110,7 +111,8 @@ def test_memory_is_that_of_a_band() -> None:
 
 QUARTER = """
 import resource, torch
-from tokenstep.model.decode import LinearDecoder, label_map
+from tokenstep.model.decoder import LinearDecoder
+from tokenstep.model.label_map import label_map
 from tokenstep.reducers.exits import EarlyPruning, ExitHeads
 from tokenstep.core.partition import uniform
 from tokenstep.model.supertokens import owners
@@ -164,7 +166,7 @@ def test_halted_logits_are_read_as_if_they_stood_behind_the_live_ones() -> None:
 
 def mask_decoder(side: int = 1) -> MaskDecoder:
     torch.manual_seed(1)
-    decoder = MaskDecoder(24, 3, side, heads=2, settings=EncoderSettings(size_bias=True))
+    decoder = MaskDecoder(24, 3, side, heads=2, settings=BlockSettings(size_bias=True))
     scramble(decoder)
     return decoder.eval()
 

@@ -1,0 +1,12 @@
+"""Public names of earlier versions, which go on working with a warning."""
+
+from tokenstep.config import ModelConfig
+from tokenstep.model.build import Parts, step_parts
+from tokenstep.model.segmenter import Segmenter
+
+
+class StepSegmenter(Segmenter):
+    """The former name of :class:`Segmenter`, which built its parts itself."""
+
+    def __init__(self, config: "ModelConfig", parts: Parts | None = None) -> None:
+        super().__init__(config, step_parts(config) if parts is None else parts)

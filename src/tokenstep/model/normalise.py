@@ -1,0 +1,29 @@
+"""Pictures in 0..1 or bytes -> what a network reads: mean 0 and standard deviation 1, about."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenstep.data.augment import to_float
+
+
+class Normalise(nn.Module):
+    """Subtract the mean and divide by the standard deviation, both of each channel in 0..1."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Normalise ``(B, 3, h, w)`` or a list of ``(3, h, w)``, uint8 or float in 0..1."""
+        mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
+        normal = []
+        for picture in pictures:
+            scaled = to_float(picture).to(mean.dtype)
+            # The caller's own floats stay as they are.
+            centred = scaled.sub_(mean) if picture.dtype == torch.uint8 else scaled - mean
+            normal.append(centred.div_(std))
+        return normal

@@ -1,0 +1,84 @@
+"""What a forward returns, and where each picture's tokens went."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenstep.core.partition import Grid, grid_of
+from tokenstep.core.tokens import PackedTokens
+from tokenstep.core.unmerge import layer_of_cells
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segmented:
+    """What a forward returns: logits of the live tokens, and where each token speaks."""
+
+    tokens: PackedTokens  # after the last block
+    logits: Tensor  # (T, S, C) of the live rows; halted ones keep theirs in tokens.halted
+    partition: Tensor  # (B, H, W) int8: the cell lies in a superpatch of side 2 ** level
+    live: tuple[tuple[int, ...], ...]  # rows of each picture that entered each block
+    sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
+    patch: int  # pixels a side
+    prefix: int  # CLS and register rows of each picture
+    scored: bool  # whether the policy's scores made the partition
+
+    def grid(self, index: int) -> Grid:
+        """Patch grid (H, W) of picture ``index``."""
+        return grid_of(self.sizes[index], self.patch)
+
+    def end(self, index: int) -> int:
+        """Rows of picture ``index`` that were live after the last block, prefix rows too."""
+        return int(self.tokens.offsets.diff()[index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenUse:
+    """Where one picture's tokens went. Prefix tokens (CLS, registers) are not counted."""
+
+    grid: int  # patches of the picture: the tokens of the dense model
+    start: int  # tokens that entered the first block
+    end: int  # tokens that were live after the last block
+    halted: dict[int, int]  # blocks run -> tokens that halted there, one entry per exit
+    level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
+    layer: NDArray[np.int16]  # (H, W): blocks that ran for the cell's token
+    depth: int  # blocks of the model
+    owner: NDArray[np.int64]  # (H, W): flat index of the first cell that the cell's token has
+    live: tuple[int, ...]  # tokens that entered each block
+
+
+def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Name each token by the flat index of its first cell; ``owner (H, W)`` has any names."""
+    _, first, token = np.unique(owner, return_index=True, return_inverse=True)
+    return first[token].reshape(owner.shape)
+
+
+def token_uses(segmented: Segmented, exits: Sequence[int]) -> list[TokenUse]:
+    """Where the tokens of each picture of a batch went; ``exits`` are those of the model."""
+    depth, tokens = len(segmented.live), segmented.tokens
+    layers = layer_of_cells(tokens, depth)
+    return [_token_use(segmented, layers, index, exits) for index in range(len(segmented.sizes))]
+
+
+def _token_use(segmented: Segmented, layers: Tensor, index: int, exits: Sequence[int]) -> TokenUse:
+    depth, tokens = len(segmented.live), segmented.tokens
+    height, width = segmented.grid(index)
+    halted = dict.fromkeys(exits, 0)
+    if tokens.halted is not None:
+        own = tokens.halted.anchor // tokens.owner[0].numel() == index
+        counts = torch.bincount(tokens.halted.layer[own], minlength=depth).tolist()
+        halted = {after: counts[after] for after in exits}
+    return TokenUse(
+        grid=height * width,
+        start=segmented.live[0][index] - segmented.prefix,
+        end=segmented.end(index) - segmented.prefix,
+        halted=halted,
+        level=segmented.partition[index, :height, :width].cpu().numpy(),
+        layer=layers[index, :height, :width].to(torch.int16).cpu().numpy(),
+        depth=depth,
+        owner=first_cells(tokens.owner[index, :height, :width].cpu().numpy()),
+        live=tuple(rows[index] - segmented.prefix for rows in segmented.live),
+    )
