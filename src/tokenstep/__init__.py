@@ -45,7 +45,7 @@ _MODULES = {
 # Names of earlier versions: what each is called now, and where the old name still lies.
 _FORMER = {
     "Settings": ("Thresholds(...)", "config", "Thresholds"),
-    "Segmenter": ("Segmenter.build(config)", "model.deprecated", "Segmenter"),
+    "StepSegmenter": ("Segmenter.build(config)", "model.deprecated", "StepSegmenter"),
 }
 
 if not TYPE_CHECKING:  # to a type checker a name that is none must be one
