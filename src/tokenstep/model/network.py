@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from tokenstep.core import partition as superpatches
 from tokenstep.core.attention import Backend
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import rows_of_cells
-from tokenstep.data.augment import to_float
+from tokenstep.data.augment import normalise
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
@@ -105,11 +105,11 @@ class StepNetwork(nn.Module):
             exits do not lie between its blocks.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backbone: Any = None) -> None:
         super().__init__()
         self.config = config
         classes = len(config.classes)
-        vit = build_vit(config.vit)
+        vit = build_vit(config.vit) if backbone is None else backbone
         require_supported(vit)
         patch = int(vit.patch_embed.patch_size[0])
         self.patch = patch
@@ -163,13 +163,7 @@ class StepNetwork(nn.Module):
         uint8 pictures are scaled to 0..1 first.
         """
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
-        normal = []
-        for picture in pictures:
-            scaled = to_float(picture).to(mean.dtype)
-            # The caller's own floats stay as they are.
-            centred = scaled.sub_(mean) if picture.dtype == torch.uint8 else scaled - mean
-            normal.append(centred.div_(std))
-        return normal
+        return [normalise(picture, mean, std) for picture in pictures]
 
     def look(self, normal: Sequence[Tensor]) -> Sights:
         """Prepare what the policy sees of normalised pictures; it runs when it is asked for."""

@@ -43,9 +43,10 @@ class StepSegmenter(
     """
 
     # The annotation is a string so that the hub mixin hands config.json over as a plain dict:
-    # its own conversion knows neither nested settings nor tuples.
-    def __init__(self, config: "ModelConfig") -> None:
-        super().__init__(config)
+    # its own conversion knows neither nested settings nor tuples. No other parameter may be called
+    # as a key of config.json.
+    def __init__(self, config: "ModelConfig", backbone: "Any" = None) -> None:
+        super().__init__(config, backbone)
 
     @torch.inference_mode()
     def segment(
