@@ -11,7 +11,7 @@ from tokenstep.config import (
     ModelConfig,
     OperatingPoint,
     PolicyConfig,
-    Settings,
+    Thresholds,
     VitConfig,
     from_dict,
 )
@@ -118,12 +118,12 @@ def test_a_model_survives_json() -> None:
         {"classes": ("a", " ")},
         {"palette": ((0, 0, 0), (0, 256, 0))},
         {"palette": ((0, 0, 0), (0, -1, 0))},
-        {"settings": Settings(merge=(0.5,))},
-        {"settings": Settings(exits=(0.5, 0.5, 0.5))},
-        {"settings": Settings(merge=(0.5, 0.5, 0.5, 1.5))},
-        {"settings": Settings(exits=(-0.1, 0.5))},
-        {"settings": Settings(exits=(float("nan"), 0.5))},
-        {"settings": Settings(spare=-1)},
+        {"settings": Thresholds(merge=(0.5,))},
+        {"settings": Thresholds(exits=(0.5, 0.5, 0.5))},
+        {"settings": Thresholds(merge=(0.5, 0.5, 0.5, 1.5))},
+        {"settings": Thresholds(exits=(-0.1, 0.5))},
+        {"settings": Thresholds(exits=(float("nan"), 0.5))},
+        {"settings": Thresholds(spare=-1)},
     ],
 )
 def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object]) -> None:
@@ -133,9 +133,9 @@ def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object
 
 
 def test_settings_switch_each_half_off() -> None:
-    both = Settings((0.1,), (0.2,), 3)
-    assert both.without_merging() == Settings((), (0.2,), 3)
-    assert both.without_exits() == Settings((0.1,), (), 3)
+    both = Thresholds((0.1,), (0.2,), 3)
+    assert both.without_merging() == Thresholds((), (0.2,), 3)
+    assert both.without_exits() == Thresholds((0.1,), (), 3)
 
 
 PHASE = Phase(steps=1, batch=1, crop=(32, 32))
@@ -277,7 +277,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def point(loss: float, gmac: float, merge: tuple[float, ...] = ()) -> OperatingPoint:
-    return OperatingPoint(Settings(merge), 0.6, loss, gmac, 900.0, 0.0, "val", 101)
+    return OperatingPoint(Thresholds(merge), 0.6, loss, gmac, 900.0, 0.0, "val", 101)
 
 
 def calibrated(*points: OperatingPoint) -> ModelConfig:

@@ -22,12 +22,12 @@ from samples import labelled_folder, pattern, png_header
 
 from tokenstep import __version__, terminal
 from tokenstep.cli import main
-from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
+from tokenstep.config import ModelConfig, PolicyConfig, Thresholds, VitConfig
 from tokenstep.data.pictures import read_picture
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.report import shown
 from tokenstep.hub import load, shipped_models
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve import files as infer
 
 Call = Callable[..., tuple[int, str, str]]
@@ -40,9 +40,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vit = VitConfig("test_vit", patch=8, depth=2, image_size=(32, 48), exits=(1,), cells=2)
     policy = PolicyConfig("test_efficientnet", stages=(1, 2), sizes=(2, 4), width=8)
     # Superpatches wherever they fit, so that the largest picture costs little.
-    config = ModelConfig(CLASSES, PALETTE, vit, policy, Settings((0.0, 0.0), (0.36,)))
+    config = ModelConfig(CLASSES, PALETTE, vit, policy, Thresholds((0.0, 0.0), (0.36,)))
     folder = tmp_path_factory.mktemp("saved") / "model"
-    StepSegmenter(config).eval().save_pretrained(folder)
+    Segmenter(config).eval().save_pretrained(folder)
     return folder
 
 
@@ -241,17 +241,17 @@ def test_a_run_that_is_stopped_leaves_a_report_of_what_it_wrote(
     (tmp_path / "in").mkdir()
     for number in range(5):
         Image.fromarray(pattern(20, 30)).save(tmp_path / "in" / f"p{number}.png")
-    segment, out = StepSegmenter.segment_batch, tmp_path / "out"
+    segment, out = Segmenter.segment_batch, tmp_path / "out"
     meanwhile: list[dict[str, Any]] = []
 
-    def stop(model: StepSegmenter, images: Any, **settings: Any) -> Any:
+    def stop(model: Segmenter, images: Any, **thresholds: Any) -> Any:
         if len(meanwhile) == pictures:
             raise KeyboardInterrupt
         written = out / "report.json"
         meanwhile.append(json.loads(written.read_text()) if written.exists() else {})
-        return segment(model, images, **settings)
+        return segment(model, images, **thresholds)
 
-    monkeypatch.setattr(StepSegmenter, "segment_batch", stop)
+    monkeypatch.setattr(Segmenter, "segment_batch", stop)
     code, _, err = call("segment", tmp_path / "in", "--model", saved, "--out", out)
     assert code not in (0, 2) and "Traceback" not in err
     report = json.loads((out / "report.json").read_text())
@@ -563,7 +563,7 @@ def test_what_to_search_is_numbers(
 def test_segment_in_python_has_the_knob_too(saved: Path, photo: Path) -> None:
     model = load(saved)
     with pytest.raises(TokenstepError, match="not both"):
-        model.segment(photo, settings=Settings(), max_loss=1)
+        model.segment(photo, thresholds=Thresholds(), max_loss=1)
     with pytest.raises(TokenstepError, match="calibrate"):
         model.segment(photo, max_loss=1)
     dense = model.segment(photo, max_loss=0)

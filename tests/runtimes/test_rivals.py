@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenstep.config import DENSE
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.runtimes.rivals import DenseTwin, onnx_rival, openvino_rival, torch_rival
 
 SIZE = (50, 75)
@@ -19,9 +19,9 @@ def smooth(batch: int) -> Tensor:
     return F.interpolate(torch.rand(batch, 3, 4, 6), SIZE, mode="bicubic").clamp(0, 1)
 
 
-def agreement(model: StepSegmenter, labels: Tensor, images: Tensor) -> float:
+def agreement(model: Segmenter, labels: Tensor, images: Tensor) -> float:
     """Share of pixels that are as the dense model has them."""
-    results = model.segment_batch(list(images), settings=DENSE)
+    results = model.segment_batch(list(images), thresholds=DENSE)
     expected = torch.stack([torch.from_numpy(one.labels) for one in results])
     assert labels.shape == expected.shape and labels.dtype == torch.uint8
     assert len(expected.unique()) > 1

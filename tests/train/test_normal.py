@@ -11,7 +11,7 @@ from PIL import Image
 from running import assert_same_weights, refused
 from training import draw, policy_recipe, segmenter_recipe
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
@@ -31,7 +31,7 @@ def test_a_policy_is_reported_as_the_model_uses_it(drawn: Path, tmp_path: Path) 
     model = load(tmp_path / "segmenter")
     assert {"mean": model.config.mean, "std": model.config.std} == IMAGENET
     pictures = LabelledFolder(drawn, "val")
-    results = [model.segment(image, settings=Settings((0.5, 0.5))) for image, _ in pictures]
+    results = [model.segment(image, thresholds=Thresholds((0.5, 0.5))) for image, _ in pictures]
     cells, tokens = (
         sum(getattr(one.tokens, name) for one in results) for name in ("grid", "start")
     )

@@ -95,15 +95,19 @@ def bench_command(
         raise typer.Exit(2)
     if not force:
         _refuse_noise(paths)
-    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     if backbone is not None:
         # Exits of random weights are never sure, so they only cost.
-        network, settings, point = with_backbone(network, backbone), settings.without_exits(), None
+        network, thresholds, point = (
+            with_backbone(network, backbone),
+            thresholds.without_exits(),
+            None,
+        )
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
             with torch.autocast(place.type, _dtype(precision), precision is not Precision.FP32):
-                rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
+                rows += bench(network, paths, case, thresholds, rivals=rivals, seconds=seconds)
     grown = growth(rows)
     weight: torch.Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
@@ -112,7 +116,7 @@ def bench_command(
         "model": model,
         "backbone": backbone,
         "precision": precision.value,
-        "settings": asdict(settings),
+        "settings": asdict(thresholds),
         "point": point and asdict(point),
         "pictures": len(paths),
         "growth": grown,

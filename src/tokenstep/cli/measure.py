@@ -62,8 +62,8 @@ def evaluate_command(
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    run = Run(settings, source, tolerance)
+    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    run = Run(thresholds, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
@@ -163,14 +163,14 @@ def compare_command(
     require_writable(out)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]
     with progress_bar() as progress:
         task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
         rows = compare(
-            network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
+            network, folder, thresholds, others=others, on_picture=lambda: progress.advance(task)
         )
     of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
     write_text(out / "compare.json", as_json({**of, "warnings": warnings, "rows": rows}) + "\n")

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.model.decode import LinearDecoder
-from tokenstep.model.network import StepNetwork
+from tokenstep.model.network import Segmenter
 from tokenstep.model.positions import resampled
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed
 
 Rival = Callable[[Tensor], Tensor]
-MakeRival = Callable[[StepNetwork, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
+MakeRival = Callable[[Segmenter, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
 
 
 class DenseTwin(nn.Module):
@@ -32,7 +32,7 @@ class DenseTwin(nn.Module):
         TokenstepError: the model has a decoder that is not linear.
     """
 
-    def __init__(self, model: StepNetwork, size: tuple[int, int]) -> None:
+    def __init__(self, model: Segmenter, size: tuple[int, int]) -> None:
         super().__init__()
         if not isinstance(model.decoder, LinearDecoder):
             raise TokenstepError("only models with a linear decoder have a plain dense twin")
@@ -97,17 +97,17 @@ class DenseTwin(nn.Module):
         return full.argmax(1).to(torch.uint8)[:, : self.size[0], : self.size[1]]
 
 
-def torch_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def torch_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in eager mode."""
     return DenseTwin(model, size).eval()
 
 
-def compiled_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def compiled_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin under ``torch.compile``."""
     return cast(Rival, torch.compile(DenseTwin(model, size).eval()))
 
 
-def onnx_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def onnx_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in ONNX Runtime, on the CPU with torch's number of threads."""
     import onnxruntime
 
@@ -121,7 +121,7 @@ def onnx_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def openvino_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def openvino_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in OpenVINO, on the CPU in fp32 with torch's number of threads."""
     import openvino
 

@@ -14,7 +14,7 @@ from tokenstep.config import (
     HALF,
     Channels,
     PolicyConfig,
-    Settings,
+    Thresholds,
     VitConfig,
     from_dict,
     require_normal,
@@ -179,7 +179,7 @@ class SegmenterRecipe:
     phases: tuple[Phase, ...]
     policy_weights: str
     out: str
-    settings: Settings
+    thresholds: Thresholds
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5

@@ -214,8 +214,8 @@ def load_policy(folder: Path) -> TrainedPolicy:
     where = str(folder / RECIPE)
     mean, std = (from_dict(cast(Any, Channels), value, where) for value in (mean, std))
     # How it started is a record from here on.
-    settings = replace(from_dict(PolicyConfig, config, where), pretrained=False)
-    return TrainedPolicy(settings, state, patch, (mean, std), initial_of(folder))
+    thresholds = replace(from_dict(PolicyConfig, config, where), pretrained=False)
+    return TrainedPolicy(thresholds, state, patch, (mean, std), initial_of(folder))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -18,7 +18,7 @@ from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Run, measure
 from tokenstep.model.card import policy_card, write_card
-from tokenstep.model.segmenter import WEIGHTS, StepSegmenter
+from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
 from tokenstep.policies.dcts import Policy, build_trunk
 from tokenstep.train.lock import held
@@ -93,7 +93,7 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     return report
 
 
-def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSegmenter:
+def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> Segmenter:
     """Train a segmenter with the policy of ``recipe.policy_weights`` and write it to ``out``.
 
     A run that was killed goes on where it was; one that is complete is only read. ``progress``
@@ -108,7 +108,7 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
         return _train_segmenter(recipe, telling(recipe, progress))
 
 
-def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegmenter:
+def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> Segmenter:
     folder, val = folders(recipe)
     found = checked(recipe, folder, val)
     recipe, weights = start_of(recipe)
@@ -118,7 +118,7 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
     complete = claim(out, recipe, folder, found, basis=basis, write=is_main())
     if complete:
         progress.say(COMPLETE.format(out))
-        model = StepSegmenter.from_pretrained(out)
+        model = Segmenter.from_pretrained(out)
     else:
         weight = torch.ones(len(folder.classes.names))
         if recipe.class_balance > 0:
@@ -141,7 +141,7 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
     return model
 
 
-def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: StepSegmenter) -> dict[str, Any]:
+def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: Segmenter) -> dict[str, Any]:
     """What the trained model scores on as many pictures of val as it looked at while training.
 
     Empty where it looked at none.
@@ -149,7 +149,7 @@ def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: StepSegmenter) 
     if recipe.trainer.val_pictures == 0:
         return {}
     thin = val.thinned(recipe.trainer.val_pictures)
-    dense, reduced = measure(model, thin, [Run(), Run(recipe.settings)])
+    dense, reduced = measure(model, thin, [Run(), Run(recipe.thresholds)])
     return {"split": val.title, "images": len(thin), "dense": dense, "reduced": reduced}
 
 
@@ -190,7 +190,7 @@ def telling(recipe: PolicyRecipe | SegmenterRecipe, progress: bool) -> Progress:
 
 def build_segmenter(
     recipe: SegmenterRecipe, folder: LabelledFolder, weights: WeightFile | None = None
-) -> StepSegmenter:
+) -> Segmenter:
     """The segmenter as it begins: a ViT, untrained or from ``weights``, and the policy frozen.
 
     Raises:
@@ -206,7 +206,7 @@ def build_segmenter(
     classes = folder.classes
     vit = replace(recipe.vit, pretrained=False)  # in the model, how it started is a record
     config = ModelConfig(
-        *(classes.names, classes.palette, vit, policy.config, recipe.settings),
+        *(classes.names, classes.palette, vit, policy.config, recipe.thresholds),
         mean=mean,
         std=std,
         long_side=folder.median_long_side() if recipe.scale_by == "side" else None,
@@ -214,7 +214,7 @@ def build_segmenter(
     )
     torch.manual_seed(recipe.trainer.seed)
     try:
-        model = StepSegmenter(config, build_vit(vit, weights))
+        model = Segmenter(config, build_vit(vit, weights))
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     if model.patch != policy.patch:
