@@ -148,7 +148,8 @@ def write_recipe(recipe: Recipe) -> Path:
 
 def toml(table: dict[str, object]) -> str:
     """Nested tables as TOML text; None is left out."""
-    return "".join(f"{key} = {_inline(value)}\n" for key, value in table.items())
+    held = {key: value for key, value in table.items() if value is not None}
+    return "".join(f"{key} = {_inline(value)}\n" for key, value in held.items())
 
 
 def _inline(value: object) -> str:

@@ -310,3 +310,24 @@ def test_points_and_temperatures_must_fit_the_model() -> None:
     for wrong in ((1.0,), (0.0, 1.0), (1.0, -1.0)):
         with pytest.raises(TokenstepError, match="temperature"):
             dataclasses.replace(config, vit=VitConfig(exits=(1, 2)), temperatures=wrong)
+
+
+@pytest.mark.parametrize("part", ["vit", "policy"])
+def test_a_model_names_no_file_of_weights(part: str) -> None:
+    started = {
+        "vit": VitConfig(pretrained="/home/me/w.safetensors"),
+        "policy": PolicyConfig(pretrained=True),
+    }
+    with pytest.raises(TokenstepError, match=rf"{part}\.pretrained .*recipes"):
+        dataclasses.replace(calibrated(), **{part: started[part]})  # type: ignore[arg-type]
+
+
+def test_pretrained_is_a_word_or_a_path(recipe: Path) -> None:
+    for override, value in (
+        ("policy.pretrained=true", True),
+        ("policy.pretrained=false", False),
+        ("policy.pretrained=weights/w.safetensors", "weights/w.safetensors"),
+    ):
+        assert read_recipe(PolicyRecipe, recipe, [override]).policy.pretrained == value
+    with pytest.raises(TokenstepError, match="pretrained: expected bool or str, got 3"):
+        read_recipe(PolicyRecipe, recipe, ["policy.pretrained=3"])

@@ -12,6 +12,21 @@ from tokenstep.errors import TokenstepError
 T = TypeVar("T")
 
 RGB = tuple[int, int, int]
+Channels = tuple[float, float, float]  # one value each for red, green and blue
+
+HALF: Channels = (0.5, 0.5, 0.5)  # the mean and std of a model that names no other
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a part of a model started from in training, for the record; nothing reads it again.
+
+    ``source`` is the name of a file without its folder, or an id on the Hugging Face hub.
+    """
+
+    part: Literal["vit", "policy"]
+    source: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,8 @@ class PolicyConfig:
 
     ``scale`` is the resolution it reads the picture at; ``stages`` are the feature stages of the
     timm ``trunk`` that feed its pyramid (stage k has stride ``2 ** (k + 1)`` in EfficientNets).
+    ``pretrained`` is for recipes: the trunk starts from timm's weights on the hub (true) or from a
+    safetensors file (its path).
     """
 
     trunk: str = "mobilenetv3_small_100"
@@ -27,6 +44,7 @@ class PolicyConfig:
     sizes: tuple[int, ...] = (2, 4, 8, 16)
     width: int = 64
     scale: float = 0.5
+    pretrained: bool | str = False
 
     def __post_init__(self) -> None:
         require(len(set(self.sizes)) == len(self.sizes), "sizes", "distinct", self.sizes)
@@ -94,7 +112,8 @@ class VitConfig:
     CNN saw to every token (it then runs for the dense model too); ``sub_patches`` adds a
     zero-initialised projection of its patches to a supertoken; ``size_bias`` lets it weigh as its
     patches in attention. ``exits`` are counts of blocks run; ``cells`` is the side of the
-    sub-grid of logits per token.
+    sub-grid of logits per token. ``pretrained`` is for recipes: the ViT starts from timm's weights
+    on the hub (true) or from a safetensors file (its path).
     """
 
     name: str = "vit_tiny_patch16_224"
@@ -109,6 +128,7 @@ class VitConfig:
     decoder: Literal["linear", "mask"] = "linear"
     cells: Literal[1, 2, 4] = 1
     drop_path: float = 0.0
+    pretrained: bool | str = False
 
     def __post_init__(self) -> None:
         for what, value in (("vit.patch", self.patch), ("vit.depth", self.depth)):
@@ -129,7 +149,8 @@ class ModelConfig:
     to dear, and ``temperatures`` (one per exit, or none) what it divides the exits' logits by
     before their confidence is taken. ``long_side`` is the scale that it was trained at, in pixels:
     larger pictures of a user are scaled down to it unless told otherwise. None: a pixel has a
-    meaning of its own, as a length on a map, or the scale is not known.
+    meaning of its own, as a length on a map, or the scale is not known. ``initial`` says what its
+    parts started from in training.
     """
 
     classes: tuple[str, ...]
@@ -139,12 +160,17 @@ class ModelConfig:
     thresholds: Thresholds = DENSE
     points: tuple[OperatingPoint, ...] = ()
     temperatures: tuple[float, ...] = ()
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: Channels = HALF
+    std: Channels = HALF
     long_side: int | None = None
+    initial: tuple[InitialWeights, ...] = ()
 
     def __post_init__(self) -> None:
         require_classes(self.classes, self.palette)
+        require_normal(self.mean, self.std)
+        for part, pretrained in (("vit", self.vit.pretrained), ("policy", self.policy.pretrained)):
+            # A model has its own weights, and loads on machines without that file.
+            require(pretrained is False, f"{part}.pretrained", "left to recipes", pretrained)
         side = self.long_side
         require(side is None or side >= 1, "long_side", "1 or more pixels", side)
         wanted = (0, len(self.vit.exits))
@@ -210,6 +236,16 @@ class ModelConfig:
                 )
 
 
+def require_normal(mean: Channels, std: Channels) -> None:
+    """Refuse a mean or a std that pictures cannot be normalised by.
+
+    Raises:
+        TokenstepError: a value is not finite, or a std is not above 0.
+    """
+    require(all(map(math.isfinite, mean)), "mean", "three finite numbers", mean)
+    require(all(0 < value < math.inf for value in std), "std", "three numbers above 0", std)
+
+
 def from_dict(kind: type[T], data: object, where: str) -> T:
     """Build the dataclass ``kind`` from parsed JSON or TOML, nested ones too.
 
@@ -228,7 +264,12 @@ def _convert(kind: Any, value: object, where: str) -> object:
     if origin in (Union, UnionType):
         if value is None and NoneType in args:
             return None
-        return _convert(next(arg for arg in args if arg is not NoneType), value, where)
+        kinds = [arg for arg in args if arg is not NoneType]
+        fitting = [arg for arg in kinds if type(value) is arg]
+        if len(kinds) > 1 and not fitting:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise TokenstepError(f"{where}: expected {wanted}, got {value!r}")
+        return _convert((fitting or kinds)[0], value, where)
     if origin is Literal:
         # By type too, since True == 1 == 1.0.
         if (type(value), value) not in [(type(arg), arg) for arg in args]:

@@ -21,6 +21,17 @@ def to_float(image: Tensor) -> Tensor:
     return scaled
 
 
+def normalise(picture: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Subtract ``mean`` and divide by ``std``, both ``(3, 1, 1)``, at the scale of 0 to 1.
+
+    ``picture (..., 3, h, w)`` is uint8, or float in 0..1; the result has the dtype of ``mean``.
+    """
+    scaled = to_float(picture).to(mean.dtype)
+    # The caller's own floats stay as they are.
+    centred = scaled.sub_(mean) if picture.dtype == torch.uint8 else scaled - mean
+    return centred.div_(std)
+
+
 class TrainTransform:
     """Random scale, place, flip and colour: any picture becomes one crop of a fixed size.
 

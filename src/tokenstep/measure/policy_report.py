@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenstep.config import HALF, Channels
 from tokenstep.core import partition
-from tokenstep.data.augment import to_float
+from tokenstep.data.augment import normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.policies.dcts import Policy
@@ -14,12 +15,19 @@ from tokenstep.policies.dcts import Policy
 
 @torch.inference_mode()
 def policy_report(
-    policy: Policy, folder: LabelledFolder, *, tolerance: float, threshold: float = 0.5
+    policy: Policy,
+    folder: LabelledFolder,
+    *,
+    tolerance: float,
+    threshold: float = 0.5,
+    mean: Channels = HALF,
+    std: Channels = HALF,
 ) -> dict[str, Any]:
     """Precision, recall, purity and token reduction on a labelled folder, per superpatch size.
 
     The reduction of a size is that of merging by this size alone; ``all`` merges by all sizes.
-    Purity is the mean share of the most frequent class in the chosen superpatches.
+    Purity is the mean share of the most frequent class in the chosen superpatches. Pictures are
+    normalised by ``mean`` and ``std``, which must be those that the policy was trained with.
 
     Raises:
         TokenstepError: the policy's scores are not finite.
@@ -27,9 +35,10 @@ def policy_report(
     policy.eval()
     sizes, classes = policy.config.sizes, len(folder.classes.names)
     sums = torch.zeros(len(sizes), 6, dtype=torch.float64)
+    centre, spread = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
     cells = tokens = 0
     for image, label in folder:
-        scores = _scores(policy, image)
+        scores = _scores(policy, normalise(image, centre, spread))
         full = partition.padded_labels(label[None], policy.patch)
         grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
         for row, size in enumerate(sizes):
@@ -51,10 +60,9 @@ def policy_report(
     }
 
 
-def _scores(policy: Policy, image: Tensor) -> list[Tensor]:
-    """Homogeneity of each superpatch of one picture in 0..1, per size."""
-    normal = (to_float(image)[None] - 0.5) / 0.5
-    scores: list[Tensor] = [score.sigmoid() for score in policy(normal)]
+def _scores(policy: Policy, normal: Tensor) -> list[Tensor]:
+    """Homogeneity of each superpatch of one normalised picture in 0..1, per size."""
+    scores: list[Tensor] = [score.sigmoid() for score in policy(normal[None])]
     if not all(bool(score.isfinite().all()) for score in scores):
         raise TokenstepError("the policy produced NaN scores: check its weights")
     return scores

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenstep.config import ModelConfig
+from tokenstep.config import InitialWeights, ModelConfig
 from tokenstep.data.labelled_folder import Classes
 from tokenstep.data.pictures import write_text
 from tokenstep.train.recipe import Phase, PolicyRecipe, SegmenterRecipe
@@ -40,6 +40,7 @@ def model_card(config: ModelConfig, made: Sequence[str] = (), scores: Sequence[s
     use = 'import tokenstep\n\nresult = tokenstep.load("THIS FOLDER").segment("picture.jpg")'
     classes = f"{len(config.classes)} classes: {', '.join(config.classes)}."
     lines = [HEAD, OURS, "", "# A tokenstep segmenter", "", what, "", classes, ""]
+    lines += _initial(config.initial)
     lines += ["```python", use, "```", "", *made, *scores, *_points(config)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -67,7 +68,12 @@ def run_card(recipe: SegmenterRecipe, config: ModelConfig, scores: dict[str, Any
     return model_card(config, _recipe(recipe, "segmenter"), rows)
 
 
-def policy_card(recipe: PolicyRecipe, classes: Classes, report: dict[str, Any]) -> str:
+def policy_card(
+    recipe: PolicyRecipe,
+    classes: Classes,
+    report: dict[str, Any],
+    initial: InitialWeights | None = None,
+) -> str:
     """The card of a policy that was just trained; ``report`` as in its val.json."""
     rows = [
         "| superpatch | precision | recall | purity | tokens, one in |",
@@ -83,6 +89,7 @@ def policy_card(recipe: PolicyRecipe, classes: Classes, report: dict[str, Any]) 
         f"patches hold one class only. The labels had {len(classes.names)} classes: "
         f"{', '.join(classes.names)}.",
         "",
+        *_initial((initial,) if initial else ()),
         *_recipe(recipe, "policy"),
         *("## What it scores", ""),
         f"On {report['images']} pictures of {recipe.data.val_split}, at the threshold "
@@ -90,6 +97,15 @@ def policy_card(recipe: PolicyRecipe, classes: Classes, report: dict[str, Any]) 
         *("", *rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _initial(initial: Sequence[InitialWeights]) -> list[str]:
+    """What the training started from, where that was not at random."""
+    names = {"vit": "the ViT", "policy": "the policy's CNN"}
+    parts = [f"{names[one.part]} from `{one.source}` (sha256 {one.sha256[:12]})" for one in initial]
+    return (
+        [f"Training started {' and '.join(parts)}; all other parts at random.", ""] if parts else []
+    )
 
 
 def _recipe(recipe: PolicyRecipe | SegmenterRecipe, verb: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tokenstep.data.augment import to_float
+from tokenstep.data.augment import normalise
 
 
 class Normalise(nn.Module):
@@ -20,10 +20,4 @@ class Normalise(nn.Module):
     def forward(self, pictures: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """Normalise ``(B, 3, h, w)`` or a list of ``(3, h, w)``, uint8 or float in 0..1."""
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
-        normal = []
-        for picture in pictures:
-            scaled = to_float(picture).to(mean.dtype)
-            # The caller's own floats stay as they are.
-            centred = scaled.sub_(mean) if picture.dtype == torch.uint8 else scaled - mean
-            normal.append(centred.div_(std))
-        return normal
+        return [normalise(picture, mean, std) for picture in pictures]

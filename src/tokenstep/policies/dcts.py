@@ -6,7 +6,7 @@ class; the trunk, pyramid and heads here are ours (CTS, CVPR 2023, used Efficien
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import timm
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenstep.config import PolicyConfig
 from tokenstep.core.partition import Grid, grid_of, halved, level_of
+from tokenstep.data.pretrained import Published, WeightFile, load_into
 from tokenstep.errors import TokenstepError
 from tokenstep.policies.growth import Growth, count_at, growth_of
 
@@ -33,13 +34,13 @@ class Sight:
 
 
 class Policy(nn.Module):
-    """Scores how surely each superpatch shows one class.
+    """Scores how surely each superpatch shows one class, by ``trunk`` or an untrained CNN.
 
     Raises:
         ValueError: the trunk is no timm CNN with these stages, or a size is no power of two.
     """
 
-    def __init__(self, config: PolicyConfig, patch: int) -> None:
+    def __init__(self, config: PolicyConfig, patch: int, trunk: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
         self.patch = patch
@@ -47,7 +48,7 @@ class Policy(nn.Module):
             raise ValueError("the policy needs at least one superpatch size and one stage")
         for size in config.sizes:
             level_of(size)
-        self.trunk = build_trunk(config)
+        self.trunk = build_trunk(config) if trunk is None else trunk
         width = config.width
         channels = cast(Any, self.trunk).feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
@@ -204,34 +205,55 @@ class _Pyramid(nn.Module):
         ]
 
 
-def build_trunk(config: PolicyConfig) -> nn.Module:
-    """Build the timm CNN whose ``stages`` feed the pyramid, untrained.
+def build_trunk(config: PolicyConfig, weights: WeightFile | None = None) -> nn.Module:
+    """Build the timm CNN whose ``stages`` feed the pyramid, from ``weights`` if there are any.
 
     Raises:
         ValueError: timm knows no such model, it takes pictures of one size only, or it lacks a
             stage.
+        TokenstepError: the weights lack a part of these stages, or do not fit.
     """
+    _require_known(config.trunk)
+    create = partial(
+        timm.create_model,
+        config.trunk,
+        features_only=True,
+        feature_cls="getter",  # which also prunes the stages behind the last one that is used
+        out_indices=config.stages,
+    )
     try:
-        known = timm.get_pretrained_cfg(config.trunk) if timm.is_model(config.trunk) else None
-    except RuntimeError as error:  # the part of the name behind the point
-        raise ValueError(f"policy trunk {config.trunk!r} is not known: {error}") from error
-    if known is None or known.fixed_input_size:
-        raise ValueError(
-            f"policy trunk {config.trunk!r} is not a timm CNN that takes pictures of any size"
-        )
-    try:
-        # "getter" also prunes the stages behind the last one that is used.
-        return timm.create_model(
-            config.trunk,
-            pretrained=False,
-            features_only=True,
-            feature_cls="getter",
-            out_indices=config.stages,
-        )
+        trunk: nn.Module = create(pretrained=False)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"policy trunk {config.trunk!r} has no such stages {config.stages}: {error}"
         ) from error
+    if weights is None:
+        return trunk
+    loaded: nn.Module = load_into(
+        lambda overlay: create(pretrained=True, pretrained_cfg_overlay=overlay), weights
+    )
+    return loaded
+
+
+def published_trunk(name: str) -> Published:
+    """What timm says of the weights of a CNN, those of the tag in ``name`` if it has one.
+
+    Raises:
+        ValueError: timm knows no such model or tag, or it takes pictures of one size only.
+    """
+    said = _require_known(name)
+    return Published(said.hf_hub_id, said.mean, said.std)
+
+
+def _require_known(name: str) -> Any:
+    """What timm knows of a CNN's weights."""
+    try:
+        known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError as error:  # the part of the name behind the point
+        raise ValueError(f"policy trunk {name!r} is not known: {error}") from error
+    if known is None or known.fixed_input_size:
+        raise ValueError(f"policy trunk {name!r} is not a timm CNN that takes pictures of any size")
+    return known
 
 
 def _resize(features: Tensor, target: tuple[int, int]) -> Tensor:

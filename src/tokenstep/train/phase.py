@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from tokenstep.core.partition import padded_labels
-from tokenstep.data.augment import TrainTransform
+from tokenstep.data.augment import TrainTransform, normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.metrics import confusion_matrix, iou_of
@@ -113,6 +113,9 @@ class PolicyModule(PhaseModule):
         super().__init__(recipe, number)
         self.recipe = recipe
         self.policy = policy
+        mean, std = recipe.normal
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         # The heads of superpatches that do not fit into a crop learn nothing from it.
         whole = max(recipe.policy.sizes) * recipe.patch
         self.find_unused = min(self.phase.crop) <= whole - recipe.patch
@@ -130,8 +133,8 @@ class PolicyModule(PhaseModule):
             classes=self.classes,
             tolerance=self.recipe.tolerance,
         )
-        # The same normalisation as the segmenter's default.
-        sight = self.policy.look((images - 0.5) / 0.5)
+        normal = normalise(images, cast(Tensor, self.mean), cast(Tensor, self.std))
+        sight = self.policy.look(normal)
         loss = homogeneity_loss(self.policy.score(sight), targets)
         self.log("loss", loss, prog_bar=True)
         if self.namer is not None:

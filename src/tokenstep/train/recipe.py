@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from tokenstep.checks import require
-from tokenstep.config import PolicyConfig, Thresholds, VitConfig, from_dict
+from tokenstep.config import (
+    HALF,
+    Channels,
+    PolicyConfig,
+    Thresholds,
+    VitConfig,
+    from_dict,
+    require_normal,
+)
 from tokenstep.errors import TokenstepError
 from tokenstep.model.renamed import KEYS, with_new_keys
 
@@ -18,9 +26,10 @@ T = TypeVar("T")
 
 # What may change between two runs of one recipe: where things lie, how the work is done, and the
 # scale that the model notes, which no weight depends on. Not the number of devices: it says which
-# pictures a step takes.
+# pictures a step takes. Of weights to start from, what they hold counts, by its digest.
 ASIDE = frozenset(
     {"out", "scale_by", "data.root", "data.workers", "data.cache", "trainer.accelerator"}
+    | {"vit.pretrained", "policy.pretrained"}
     | {f"trainer.{name}" for name in ("checkpointing", "save_every", "val_every", "val_pictures")}
 )
 
@@ -121,7 +130,8 @@ class PolicyRecipe:
 
     ``tolerance`` is the impurity let pass. ``class_weight`` above 0 adds that times a loss of
     naming the classes, by a head that is dropped afterwards: it makes what the policy sees worth
-    more to a ViT with ``policy_features``.
+    more to a ViT with ``policy_features``. Pictures are normalised by ``mean`` and ``std``, 0.5
+    unless ``policy.pretrained = true`` brings its own; the segmenter's must be the same.
     """
 
     data: DataConfig
@@ -132,9 +142,17 @@ class PolicyRecipe:
     tolerance: float = 0.0
     class_weight: float = 0.0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mean: Channels | None = None
+    std: Channels | None = None
+
+    @property
+    def normal(self) -> tuple[Channels, Channels]:
+        """The mean and std that pictures are normalised by."""
+        return self.mean or HALF, self.std or HALF
 
     def __post_init__(self) -> None:
         _check_phases(self.phases)
+        _check_normal(self.mean, self.std)
         require(self.patch >= 1, "patch", "1 or more", self.patch)
         require(0 <= self.tolerance < 1, "tolerance", "0 to below 1", self.tolerance)
         weight = self.class_weight
@@ -154,7 +172,8 @@ class SegmenterRecipe:
     the class weights (0: none), ``exit_weight`` the weight of all exits' losses together.
     ``scale_by`` "side" is for scenes: the model remembers the median long side of its pictures, and
     larger ones of its users are scaled down to that; "pixel" is for maps, where a pixel is a length
-    on the ground: pictures stay as they are.
+    on the ground: pictures stay as they are. ``mean`` and ``std`` must be the policy's;
+    they are 0.5 unless ``vit.pretrained = true`` brings its own.
     """
 
     data: DataConfig
@@ -167,9 +186,17 @@ class SegmenterRecipe:
     exit_weight: float = 0.5
     scale_by: Literal["side", "pixel"] = "pixel"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mean: Channels | None = None
+    std: Channels | None = None
+
+    @property
+    def normal(self) -> tuple[Channels, Channels]:
+        """The mean and std that pictures are normalised by."""
+        return self.mean or HALF, self.std or HALF
 
     def __post_init__(self) -> None:
         _check_phases(self.phases)
+        _check_normal(self.mean, self.std)
         for name in ("class_balance", "exit_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, "0 or more", value)
@@ -178,6 +205,12 @@ class SegmenterRecipe:
 def _check_phases(phases: tuple[Phase, ...]) -> None:
     if not phases:
         raise TokenstepError("recipe: has no [[phases]]; give at least one with steps and batch")
+
+
+def _check_normal(mean: Channels | None, std: Channels | None) -> None:
+    if (mean is None) != (std is None):
+        raise TokenstepError("recipe: mean and std belong together; give both or neither")
+    require_normal(mean or HALF, std or HALF)
 
 
 def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -224,9 +257,9 @@ def _override(data: dict[str, Any], override: str, path: Path) -> None:
     table[name] = value
 
 
-def resolved(recipe: PolicyRecipe | SegmenterRecipe, **digests: str) -> dict[str, Any]:
-    """The recipe as JSON holds it, with digests of the files that it works on."""
-    plain = {**dataclasses.asdict(recipe), "digests": digests}
+def resolved(recipe: PolicyRecipe | SegmenterRecipe, **records: object) -> dict[str, Any]:
+    """The recipe as JSON holds it, with records of the files that it works on."""
+    plain = {**dataclasses.asdict(recipe), **records}
     copy: dict[str, Any] = json.loads(json.dumps(plain))
     return copy
 
@@ -234,12 +267,12 @@ def resolved(recipe: PolicyRecipe | SegmenterRecipe, **digests: str) -> dict[str
 def differences(before: dict[str, Any], recipe: PolicyRecipe | SegmenterRecipe) -> list[str]:
     """Where ``recipe`` ends in other weights than a resolved one did, as "phases.0.steps 3 -> 4".
 
-    A key that an earlier version did not know stands at its default.
+    A key that an earlier version did not know stands at its default; ``before`` has no records.
 
     Raises:
         TokenstepError: ``before`` is no recipe of this kind.
     """
-    known = {key: value for key, value in before.items() if key != "digests"}
+    known = {"mean": HALF, "std": HALF, **before}  # which a run records as numbers
     read = from_dict(type(recipe), with_new_keys(known, "its recipe"), "its recipe")
     one = _flat(resolved(read))
     other = _flat(resolved(recipe))

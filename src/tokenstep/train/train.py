@@ -1,23 +1,27 @@
 """Train a policy from label maps, then a segmenter with that policy frozen."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenstep.config import ModelConfig
+from tokenstep.config import Channels, ModelConfig
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.contents import FILES, contents, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.data.pretrained import WeightFile
 from tokenstep.errors import TokenstepError
+from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Run, measure
+from tokenstep.model.build import step_parts
 from tokenstep.model.card import policy_card, write_card
 from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import Policy, build_trunk
 from tokenstep.train.lock import held
 from tokenstep.train.loop import Loop, is_main, meet
 from tokenstep.train.losses import class_weights
@@ -25,13 +29,16 @@ from tokenstep.train.phase import PolicyModule, SegmenterModule
 from tokenstep.train.progress import Progress
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
 from tokenstep.train.run_folder import (
+    Basis,
     card_of,
     claim,
     digest_of_weights,
+    initial_of,
     load_policy,
     load_weights,
     scored,
 )
+from tokenstep.train.start import record, start_of
 
 COMPLETE = "{}: already complete, nothing trained"
 
@@ -54,14 +61,16 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
 def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     folder, val = folders(recipe)
     found = checked(recipe, folder, val)
+    recipe, weights = start_of(recipe)
     torch.manual_seed(recipe.trainer.seed)
     try:
-        policy = Policy(recipe.policy, recipe.patch)
+        policy = Policy(recipe.policy, recipe.patch, build_trunk(recipe.policy, weights))
         policy.require_growth()
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     out = Path(recipe.out)
-    complete = claim(out, recipe, folder, found, write=is_main())
+    basis = Basis(initial=record(weights, "policy"))
+    complete = claim(out, recipe, folder, found, basis=basis, write=is_main())
     if complete:
         progress.say(COMPLETE.format(out))
         load_weights(policy, out / WEIGHTS)
@@ -70,14 +79,15 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
         for number in range(len(recipe.phases)):
             loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
     report: dict[str, Any] = {}
+    mean, std = recipe.normal
     if is_main():
         report = scored(
             out,
             of_folder(val, found),
-            lambda: policy_report(policy, val, tolerance=recipe.tolerance),
+            lambda: policy_report(policy, val, tolerance=recipe.tolerance, mean=mean, std=std),
             fresh=not complete,
         )
-        write_card(out, policy_card(recipe, val.classes, report))
+        write_card(out, policy_card(recipe, val.classes, report, initial_of(out)))
         if not complete:
             save_weights(policy, out / WEIGHTS)  # last: where it is, the run is complete
     meet()
@@ -102,10 +112,11 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> Segmen
 def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> Segmenter:
     folder, val = folders(recipe)
     found = checked(recipe, folder, val)
-    model = build_segmenter(recipe, folder)
+    recipe, weights = start_of(recipe)
+    model = build_segmenter(recipe, folder, weights)
     out = Path(recipe.out)
-    policy = digest_of_weights(Path(recipe.policy_weights))
-    complete = claim(out, recipe, folder, found, policy=policy, write=is_main())
+    basis = Basis(digest_of_weights(Path(recipe.policy_weights)), record(weights, "vit"))
+    complete = claim(out, recipe, folder, found, basis=basis, write=is_main())
     if complete:
         progress.say(COMPLETE.format(out))
         model = Segmenter.from_pretrained(out)
@@ -178,33 +189,50 @@ def telling(recipe: PolicyRecipe | SegmenterRecipe, progress: bool) -> Progress:
     return Progress(Path(recipe.out) / "log", phases=len(recipe.phases), quiet=quiet)
 
 
-def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> Segmenter:
-    """The segmenter as it begins: an untrained ViT, and the policy frozen.
+def build_segmenter(
+    recipe: SegmenterRecipe, folder: LabelledFolder, weights: WeightFile | None = None
+) -> Segmenter:
+    """The segmenter as it begins: a ViT, untrained or from ``weights``, and the policy frozen.
 
     Raises:
-        TokenstepError: the policy's folder or the recipe is at fault.
+        TokenstepError: the policy's folder, the weights or the recipe is at fault.
     """
-    policy_config, state, patch = load_policy(Path(recipe.policy_weights))
+    policy = load_policy(Path(recipe.policy_weights))
+    mean, std = recipe.normal
+    if policy.normal != recipe.normal:
+        raise TokenstepError(
+            f"{recipe.policy_weights}: the policy was trained with {_normal(*policy.normal)}, the "
+            f"recipe has {_normal(mean, std)}: set these of the policy, or train another policy"
+        )
     classes = folder.classes
+    vit = replace(recipe.vit, pretrained=False)  # in the model, how it started is a record
     config = ModelConfig(
-        *(classes.names, classes.palette, recipe.vit, policy_config, recipe.thresholds),
+        *(classes.names, classes.palette, vit, policy.config, recipe.thresholds),
+        mean=mean,
+        std=std,
         long_side=folder.median_long_side() if recipe.scale_by == "side" else None,
+        initial=tuple(part for part in (record(weights, "vit"), policy.initial) if part),
     )
     torch.manual_seed(recipe.trainer.seed)
     try:
-        model = Segmenter.build(config)
+        model = Segmenter(config, step_parts(config, build_vit(vit, weights)))
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
-    if model.patch != patch:
+    if model.patch != policy.patch:
         raise TokenstepError(
-            f"{recipe.policy_weights}: the policy was trained for patches of {patch} px but the "
-            f"recipe's ViT has {model.patch} px: train one for it, or set vit.patch = {patch}"
+            f"{recipe.policy_weights}: the policy was trained for patches of {policy.patch} px but "
+            f"the recipe's ViT has {model.patch} px: train one for it, or set vit.patch = "
+            f"{policy.patch}"
         )
-    model.policy.load_state_dict(state)
+    model.policy.load_state_dict(policy.state)
     model.policy.requires_grad_(False)
     model.use(checkpointing=recipe.trainer.checkpointing)
     model.train()  # which leaves the frozen policy in eval mode; Lightning does not call it
     return model
+
+
+def _normal(mean: Channels, std: Channels) -> str:
+    return f"mean = {list(mean)}, std = {list(std)}"
 
 
 def count_pixels(folder: LabelledFolder) -> Tensor:
