@@ -6,15 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tokenstep.config import (
-    DENSE,
-    ModelConfig,
-    OperatingPoint,
-    PolicyConfig,
-    Thresholds,
-    VitConfig,
-    from_dict,
-)
+from tokenstep.config import DENSE, ModelConfig, OperatingPoint, PolicyConfig, Thresholds, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.train.recipe import (
     DataConfig,
@@ -24,6 +16,7 @@ from tokenstep.train.recipe import (
     TrainerConfig,
     read_recipe,
 )
+from tokenstep.typed import from_dict
 
 MODEL = ModelConfig(("a", "b"), ((0, 0, 0), (1, 2, 3)), VitConfig(exits=(2, 4), cells=2))
 

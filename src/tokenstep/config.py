@@ -1,15 +1,12 @@
-"""Settings: what a model is made of, how it runs, and how it is trained."""
+"""Settings: what a model is made of, and how it runs."""
 
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from numbers import Real
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from tokenstep.checks import require, require_classes
 from tokenstep.errors import TokenstepError
-
-T = TypeVar("T")
 
 RGB = tuple[int, int, int]
 Channels = tuple[float, float, float]  # one value each for red, green and blue
@@ -244,68 +241,3 @@ def require_normal(mean: Channels, std: Channels) -> None:
     """
     require(all(map(math.isfinite, mean)), "mean", "three finite numbers", mean)
     require(all(0 < value < math.inf for value in std), "std", "three numbers above 0", std)
-
-
-def from_dict(kind: type[T], data: object, where: str) -> T:
-    """Build the dataclass ``kind`` from parsed JSON or TOML, nested ones too.
-
-    Lists become tuples. Unknown keys and wrong types are errors, which name ``where``.
-
-    Raises:
-        TokenstepError: names the key, what was expected and what came.
-    """
-    return cast(T, _convert(kind, data, where))
-
-
-def _convert(kind: Any, value: object, where: str) -> object:
-    origin, args = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return _dataclass(kind, value, where)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in args:
-            return None
-        kinds = [arg for arg in args if arg is not NoneType]
-        fitting = [arg for arg in kinds if type(value) is arg]
-        if len(kinds) > 1 and not fitting:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise TokenstepError(f"{where}: expected {wanted}, got {value!r}")
-        return _convert((fitting or kinds)[0], value, where)
-    if origin is Literal:
-        # By type too, since True == 1 == 1.0.
-        if (type(value), value) not in [(type(arg), arg) for arg in args]:
-            raise TokenstepError(f"{where}: expected one of {list(args)}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TokenstepError(f"{where}: expected a list, got {value!r}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) != len(value):
-            raise TokenstepError(f"{where}: expected {len(kinds)} values, got {len(value)}")
-        return tuple(
-            _convert(inner, entry, f"{where}[{index}]")
-            for index, (inner, entry) in enumerate(zip(kinds, value, strict=True))
-        )
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TokenstepError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
-
-
-def _dataclass(kind: Any, value: object, where: str) -> object:
-    if not isinstance(value, dict):
-        raise TokenstepError(f"{where}: expected a table of settings, got {value!r}")
-    hints = get_type_hints(kind)
-    known = [entry.name for entry in fields(kind)]
-    for key in value:
-        if key not in known:
-            raise TokenstepError(f"{where}: unknown key {key!r}, known are {', '.join(known)}")
-    for entry in fields(kind):
-        needed = entry.default is MISSING and entry.default_factory is MISSING
-        if needed and entry.name not in value:
-            raise TokenstepError(f"{where}: the key {entry.name!r} is missing")
-    values = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
-    try:
-        return kind(**values)
-    except TokenstepError as error:
-        raise TokenstepError(f"{where}: {error}") from error

@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Superpatches wherever they fit, so that the largest picture costs little.
     config = ModelConfig(CLASSES, PALETTE, vit, policy, Thresholds((0.0, 0.0), (0.36,)))
     folder = tmp_path_factory.mktemp("saved") / "model"
-    Segmenter(config).eval().save_pretrained(folder)
+    Segmenter.build(config).eval().save_pretrained(folder)
     return folder
 
 

@@ -24,7 +24,7 @@ from tokenstep.explain import figures, plots
 from tokenstep.explain.folder import explain_folder
 from tokenstep.explain.report import FigureFile
 from tokenstep.explain.sections import difference_section, picture_sections, set_sections
-from tokenstep.explain.views import View, explain_picture, look
+from tokenstep.explain.views import View, explain_picture, view_of
 from tokenstep.model.segmenter import Segmenter
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
@@ -39,7 +39,7 @@ def model(tiny_model: TinyModel) -> Segmenter:
 
 @pytest.fixture
 def view(model: Segmenter) -> View:
-    return look(model, torch.from_numpy(pattern(70, 101)).permute(2, 0, 1), STEP)
+    return view_of(model, torch.from_numpy(pattern(70, 101)).permute(2, 0, 1), STEP)
 
 
 def opened(data: bytes) -> Image.Image:
@@ -132,7 +132,7 @@ def test_sections_are_drawn_whatever_is_off(
     report = explain_folder(model, folder, thresholds)
     every(set_sections(report))
     image, label = folder[0]
-    view = look(model, image, thresholds)
+    view = view_of(model, image, thresholds)
     dense = model.segment_batch([image], thresholds=DENSE)[0].labels
     sections = picture_sections("p", view, explain_picture(view))
     sections.append(difference_section("p", view, dense, label.numpy()))

@@ -17,7 +17,7 @@ from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.folder import explain_folder, ways_of, worst
-from tokenstep.explain.views import look
+from tokenstep.explain.views import view_of
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import interior
 from tokenstep.measure.quality import Run
@@ -107,7 +107,7 @@ def test_dense_gives_every_class_a_token_a_patch(model: Segmenter, tmp_path: Pat
 def test_tokens_are_those_of_the_results(
     model: Segmenter, folder: LabelledFolder, report: dict[str, Any]
 ) -> None:
-    uses = [look(model, image, STEP).result.tokens for image, _ in folder]
+    uses = [view_of(model, image, STEP).result.tokens for image, _ in folder]
     for row, use in zip(report["pictures"], uses, strict=True):
         assert (row["patches"], row["tokens"], row["tokens_at_end"]) == (
             use.grid,
@@ -124,7 +124,7 @@ def test_tokens_are_those_of_the_results(
 
 
 def test_what_an_oracle_labels_is_never_wrong(model: Segmenter, folder: LabelledFolder) -> None:
-    relabel(folder, lambda image: look(model, image, STEP).result.labels)
+    relabel(folder, lambda image: view_of(model, image, STEP).result.labels)
     report = explain_folder(model, folder, STEP)
     for table in ("depths", "sizes", "bands", "boundary"):
         assert not any(row["step_wrong_share"] for row in report[table])
@@ -135,7 +135,7 @@ def test_what_an_oracle_labels_is_never_wrong(model: Segmenter, folder: Labelled
 def test_a_token_is_judged_by_its_majority(model: Segmenter, folder: LabelledFolder) -> None:
     def spotted(image: torch.Tensor) -> np.ndarray:
         """Right everywhere but in one pixel of each patch."""
-        labels = look(model, image, DENSE).result.labels.copy()
+        labels = view_of(model, image, DENSE).result.labels.copy()
         labels[::8, ::8] = (labels[::8, ::8] + 1) % len(CLASSES)
         return labels
 

@@ -13,7 +13,7 @@ from support import scramble
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.explain.views import View, depths_of, explain_picture, look, over_pixels
+from tokenstep.explain.views import View, depths_of, explain_picture, over_pixels, view_of
 from tokenstep.model.segmenter import Segmenter
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
@@ -46,7 +46,10 @@ def judged_by(model: Segmenter, thresholds: Thresholds) -> list[np.ndarray]:
 
 
 def test_looking_on_changes_nothing(model: Segmenter) -> None:
-    view, alone = look(model, picture(), STEP), model.segment_batch([picture()], thresholds=STEP)[0]
+    view, alone = (
+        view_of(model, picture(), STEP),
+        model.segment_batch([picture()], thresholds=STEP)[0],
+    )
     assert np.array_equal(view.result.labels, alone.labels)
     assert np.array_equal(view.result.tokens.layer, alone.tokens.layer)
     assert view.result.cost == alone.cost
@@ -54,7 +57,7 @@ def test_looking_on_changes_nothing(model: Segmenter) -> None:
 
 
 def test_confidences_are_those_that_tokens_halt_by(model: Segmenter) -> None:
-    view = look(model, picture(), STEP)
+    view = view_of(model, picture(), STEP)
     first = np.unique(view.result.tokens.owner)
     for seen, judged in zip(view.exits, judged_by(model, STEP), strict=True):
         of_tokens = seen.confidence.ravel()[first]
@@ -63,7 +66,7 @@ def test_confidences_are_those_that_tokens_halt_by(model: Segmenter) -> None:
 
 
 def test_an_exit_sees_what_had_not_halted(model: Segmenter) -> None:
-    view = look(model, picture(), STEP)
+    view = view_of(model, picture(), STEP)
     layer = view.result.tokens.layer
     for seen in view.exits:
         assert np.array_equal(np.isnan(seen.confidence), layer < seen.after)
@@ -72,7 +75,7 @@ def test_an_exit_sees_what_had_not_halted(model: Segmenter) -> None:
 
 
 def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
-    view = look(model, picture(), DENSE)
+    view = view_of(model, picture(), DENSE)
     assert [seen.after for seen in view.exits] == list(model.exits.after)
     for seen in view.exits:
         assert seen.bar is None and not np.isnan(seen.confidence).any()
@@ -82,7 +85,7 @@ def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
 
 @pytest.mark.parametrize("thresholds", [STEP, DENSE, STEP.without_exits(), STEP.without_merging()])
 def test_the_rows_add_up(model: Segmenter, thresholds: Thresholds) -> None:
-    view = look(model, picture(), thresholds)
+    view = view_of(model, picture(), thresholds)
     report, use = explain_picture(view), view.result.tokens
     json.dumps(report, allow_nan=False)
     assert sum(row["tokens"] for row in report["sizes"]) == use.start
@@ -99,14 +102,14 @@ def test_the_rows_add_up(model: Segmenter, thresholds: Thresholds) -> None:
 
 
 def test_live_tokens_fall_only_at_exits(model: Segmenter) -> None:
-    use = look(model, picture(), STEP).result.tokens
+    use = view_of(model, picture(), STEP).result.tokens
     for block, (before, now) in enumerate(pairwise(use.live), start=1):
         assert now <= before and (now == before or block in use.halted)
     assert depths_of(use) == [1, 2, 3]
 
 
 def test_a_model_without_exits_has_none_to_show(tiny_model: TinyModel) -> None:
-    view: View = look(tiny_model(exits=()), picture(), DENSE)
+    view: View = view_of(tiny_model(exits=()), picture(), DENSE)
     report = explain_picture(view)
     assert view.exits == () and report["exits"] == []
     assert [row["tokens"] for row in report["depths"]] == [view.result.tokens.grid]

@@ -61,8 +61,8 @@ def explain_command(
     """
     require_extra("matplotlib", extra="plot")
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import require_writable
     from tokenstep.data.scaling import side_for
+    from tokenstep.data.whole_files import require_writable
     from tokenstep.explain.report import page
     from tokenstep.serve.reports import header
 
@@ -112,7 +112,7 @@ def _explain_pictures(
     from tokenstep.data.pictures import find_pictures, read_picture, to_tensor
     from tokenstep.data.scaling import scaled_down
     from tokenstep.explain.sections import picture_sections
-    from tokenstep.explain.views import explain_picture, look
+    from tokenstep.explain.views import explain_picture, view_of
     from tokenstep.serve.files import missing, output_names
     from tokenstep.serve.windows import fits
 
@@ -128,7 +128,7 @@ def _explain_pictures(
                 image = to_tensor(scaled_down(whole, max_side))
                 if not fits(network, [image]):
                     raise TokenstepError(f"{path}: does not fit in memory; give a --max-side")
-                view = look(network, image, thresholds)
+                view = view_of(network, image, thresholds)
             except TokenstepError as error:
                 reason = str(error)
                 named_so = reason if str(path) in reason else f"{path}: {reason}"
@@ -147,7 +147,7 @@ def _explain_data(network: "Segmenter", folder: "LabelledFolder", thresholds: Th
     from tokenstep.explain.folder import explain_folder, worst
     from tokenstep.explain.report import Section
     from tokenstep.explain.sections import difference_section, picture_sections, set_sections
-    from tokenstep.explain.views import difference_rows, explain_picture, look
+    from tokenstep.explain.views import difference_rows, explain_picture, view_of
 
     with progress_bar() as progress:
         task = progress.add_task("explain", total=len(folder))
@@ -166,7 +166,7 @@ def _explain_data(network: "Segmenter", folder: "LabelledFolder", thresholds: Th
     by_name = {path.name: index for index, path in enumerate(folder.paths)}
     for file in chosen:
         image, label = folder[by_name[file]]
-        view = look(network, image, thresholds)
+        view = view_of(network, image, thresholds)
         dense = network.segment_batch([image], thresholds=DENSE)[0].labels
         truth = label.numpy()
         numbers = explain_picture(view)
@@ -189,7 +189,7 @@ def _intro(thresholds: Thresholds, point: OperatingPoint | None) -> str:
 
 def _write(out: Path, report: dict[str, Any], sections: "Sequence[Section]", text: str) -> None:
     """Write the page, its figures and its numbers, each file whole."""
-    from tokenstep.data.pictures import write_text, write_whole
+    from tokenstep.data.whole_files import write_text, write_whole
 
     for section in sections:
         for figure in section.figures:

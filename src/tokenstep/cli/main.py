@@ -119,8 +119,8 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
-    from tokenstep.data.pictures import require_writable
     from tokenstep.data.scaling import side_for
+    from tokenstep.data.whole_files import require_writable
     from tokenstep.serve.files import SegmentJob, segment_files
     from tokenstep.serve.reports import ReportFile, classes_of, header
     from tokenstep.serve.windows import require_side

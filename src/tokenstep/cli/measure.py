@@ -48,7 +48,7 @@ def evaluate_command(
 ) -> None:
     """Measure dense and reduced side by side: mIoU, boundaries, tokens, GMAC, seconds."""
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import require_writable, write_text
+    from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.evaluate import evaluate
     from tokenstep.measure.quality import Run
 
@@ -106,7 +106,7 @@ def calibrate_command(
     Killed, it goes on where it was when the same command is given again.
     """
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import write_text
+    from tokenstep.data.whole_files import write_text
     from tokenstep.measure.calibrate import calibrate
     from tokenstep.model.card import write_card
     from tokenstep.train.lock import held
@@ -156,7 +156,7 @@ def compare_command(
     require_extra("matplotlib", extra="plot")
     from tokenstep.data.faults import empty_classes
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import require_writable, write_text, write_whole
+    from tokenstep.data.whole_files import require_writable, write_text, write_whole
     from tokenstep.measure.compare import compare, figure, markdown
     from tokenstep.measure.quality import require_same_classes
 

@@ -12,7 +12,7 @@ from tokenstep.data.faults import class_warnings
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.sums import FolderSums, ratio
-from tokenstep.explain.views import Rows, depth_name, look
+from tokenstep.explain.views import Rows, depth_name, view_of
 from tokenstep.measure.quality import require_same_classes
 from tokenstep.measure.reliability import reliability_of
 from tokenstep.model.segmenter import Segmenter
@@ -56,7 +56,7 @@ def explain_folder(
                 for way, chosen in ways.items()
                 if way != STEP
             ]
-            view = look(model, image, thresholds)
+            view = view_of(model, image, thresholds)
         except TokenstepError as error:
             faults.append({"file": str(path), "name": path.stem, "error": str(error)})
         else:

@@ -40,7 +40,7 @@ class View:
 
 
 @torch.inference_mode()
-def look(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
+def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
     """Segment ``image (3, h, w)`` uint8 and keep what each exit saw.
 
     The exits look on in any case; they halt tokens where ``thresholds`` have them on.

@@ -19,7 +19,7 @@ from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.contents import FILES, contents, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.data.pictures import write_text
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.choices import Search
 from tokenstep.measure.quality import Run, measure

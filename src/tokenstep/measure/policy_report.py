@@ -9,7 +9,7 @@ from tokenstep.config import HALF, Channels
 from tokenstep.core import partition
 from tokenstep.data.augment import normalise
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.errors import TokenstepError
+from tokenstep.policies.batch import homogeneity, policy_features
 from tokenstep.policies.dcts import Policy
 
 
@@ -38,7 +38,8 @@ def policy_report(
     centre, spread = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
     cells = tokens = 0
     for image, label in folder:
-        scores = _scores(policy, normalise(image, centre, spread))
+        (group,) = policy_features(policy, [normalise(image, centre, spread)])
+        scores = homogeneity(policy, group.features)
         full = partition.padded_labels(label[None], policy.patch)
         grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
         for row, size in enumerate(sizes):
@@ -58,14 +59,6 @@ def policy_report(
         "sizes": {str(size): _rates(row) for size, row in zip(sizes, sums.tolist(), strict=True)},
         "all": {"reduction": _ratio(cells, tokens)},
     }
-
-
-def _scores(policy: Policy, normal: Tensor) -> list[Tensor]:
-    """Homogeneity of each superpatch of one normalised picture in 0..1, per size."""
-    scores: list[Tensor] = [score.sigmoid() for score in policy(normal[None])]
-    if not all(bool(score.isfinite().all()) for score in scores):
-        raise TokenstepError("the policy produced NaN scores: check its weights")
-    return scores
 
 
 def _tokens(scores: list[Tensor], sizes: list[int], threshold: float, grid: partition.Grid) -> int:

@@ -25,7 +25,7 @@ from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.runtimes.rivals import MakeRival, Rival
+from tokenstep.runtimes.dense import MakeRuntime, Rival
 
 SCOPES = ("model", "end_to_end")
 WINDOW, AGREE, PATIENCE = 5, 0.02, 8  # rounds; until medians agree so; or after so many windows
@@ -48,7 +48,7 @@ def bench(
     case: Case,
     thresholds: Thresholds,
     *,
-    rivals: Mapping[str, MakeRival] = MappingProxyType({}),
+    rivals: Mapping[str, MakeRuntime] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
     """One row per way and scope, dense first; the ways take turns for ``seconds`` each, or once.

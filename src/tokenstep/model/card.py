@@ -1,13 +1,10 @@
-"""The README of a model or run folder: classes, how it was made, and what it was measured to do."""
+"""The README of a model folder: classes, what it was made from, and its operating points."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenstep.config import InitialWeights, ModelConfig
-from tokenstep.data.labelled_folder import Classes
-from tokenstep.data.pictures import write_text
-from tokenstep.train.recipe import Phase, PolicyRecipe, SegmenterRecipe
+from tokenstep.data.whole_files import write_text
 
 CARD = "README.md"
 OURS = "<!-- Written by tokenstep, each time anew. To keep your own text, remove this line. -->"
@@ -40,94 +37,17 @@ def model_card(config: ModelConfig, made: Sequence[str] = (), scores: Sequence[s
     use = 'import tokenstep\n\nresult = tokenstep.load("THIS FOLDER").segment("picture.jpg")'
     classes = f"{len(config.classes)} classes: {', '.join(config.classes)}."
     lines = [HEAD, OURS, "", "# A tokenstep segmenter", "", what, "", classes, ""]
-    lines += _initial(config.initial)
+    lines += started_from(config.initial)
     lines += ["```python", use, "```", "", *made, *scores, *_points(config)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def run_card(recipe: SegmenterRecipe, config: ModelConfig, scores: dict[str, Any]) -> str:
-    """The card of a segmenter that was just trained; ``scores`` as in its val.json, or empty."""
-    rows = []
-    if scores:
-        rows = [
-            "## What it scores",
-            "",
-            f"On {scores['images']} pictures of {scores['split']}, at the recipe's own thresholds, "
-            "not calibrated; means per picture.",
-            "",
-            "| | mIoU | tokens | GMAC |",
-            "|---|---|---|---|",
-        ]
-        for name in ("dense", "reduced"):
-            half = scores[name]
-            miou = "none" if half["miou"] is None else f"{100 * half['miou']:.2f}"
-            rows.append(
-                f"| {name} | {miou} | {half['tokens']['start']:.0f} | {half['gmac']['total']:.2f} |"
-            )
-        rows.append("")
-    return model_card(config, _recipe(recipe, "segmenter"), rows)
-
-
-def policy_card(
-    recipe: PolicyRecipe,
-    classes: Classes,
-    report: dict[str, Any],
-    initial: InitialWeights | None = None,
-) -> str:
-    """The card of a policy that was just trained; ``report`` as in its val.json."""
-    rows = [
-        "| superpatch | precision | recall | purity | tokens, one in |",
-        "|---|---|---|---|---|",
-    ]
-    for size, row in report["sizes"].items():
-        held = (row[key] for key in ("precision", "recall", "purity", "reduction"))
-        rows.append(f"| {size}x{size} | {' | '.join(map(_number, held))} |")
-    rows.append(f"| all | | | | {_number(report['all']['reduction'])} |")
-    lines = [
-        *(OURS, "", "# A tokenstep policy", ""),
-        f"A CNN (`{recipe.policy.trunk}`) that says which superpatches of {recipe.patch} px "
-        f"patches hold one class only. The labels had {len(classes.names)} classes: "
-        f"{', '.join(classes.names)}.",
-        "",
-        *_initial((initial,) if initial else ()),
-        *_recipe(recipe, "policy"),
-        *("## What it scores", ""),
-        f"On {report['images']} pictures of {recipe.data.val_split}, at the threshold "
-        f"{report['threshold']}.",
-        *("", *rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _initial(initial: Sequence[InitialWeights]) -> list[str]:
+def started_from(initial: Sequence[InitialWeights]) -> list[str]:
     """What the training started from, where that was not at random."""
     names = {"vit": "the ViT", "policy": "the policy's CNN"}
     parts = [f"{names[one.part]} from `{one.source}` (sha256 {one.sha256[:12]})" for one in initial]
     return (
         [f"Training started {' and '.join(parts)}; all other parts at random.", ""] if parts else []
-    )
-
-
-def _recipe(recipe: PolicyRecipe | SegmenterRecipe, verb: str) -> list[str]:
-    data, trainer = recipe.data, recipe.trainer
-    folder = Path(data.root).resolve().name
-    return [
-        "## Recipe",
-        "",
-        f"`tokenstep train {verb}` on the split {data.train_split} of {folder} (pictures "
-        f"{', '.join(data.train_names)}), seed {trainer.seed}, {trainer.precision}, "
-        f"{trainer.devices} device(s); all values are in recipe.json.",
-        "",
-        *(f"- {_phase(phase)}" for phase in recipe.phases),
-        "",
-    ]
-
-
-def _phase(phase: Phase) -> str:
-    height, width = phase.crop
-    return (
-        f"{phase.steps} steps of {phase.batch} crops of {width}x{height} px a device, "
-        f"{phase.optimizer} at {phase.lr:g}"
     )
 
 
@@ -150,7 +70,3 @@ def _points(config: ModelConfig) -> list[str]:
         ),
         "",
     ]
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"

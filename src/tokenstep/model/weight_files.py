@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from tokenstep.data.pictures import write_whole
+from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import TokenstepError
 
 

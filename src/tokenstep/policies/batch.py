@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenstep.core.partition import Grid, from_scores, grid_of, uniform
 from tokenstep.errors import TokenstepError
-from tokenstep.policies.dcts import Policy, Sight
+from tokenstep.policies.dcts import Policy, PolicyFeatures
 
 CPU_PIXELS = 3 * 2**19  # pixels that the CNN takes together on a CPU
 
@@ -22,7 +22,7 @@ class SameSize:
     """Pictures of one size that went through the CNN together."""
 
     places: list[int]  # of the pictures in the batch
-    features: Sight
+    features: PolicyFeatures
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def policy_features(policy: Policy, normal: Sequence[Tensor]) -> list[SameSize]:
         alike = [normal[place][None] for place in places]
         # A copy of large pictures costs what a small convolution does.
         images = alike[0] if len(alike) == 1 else torch.cat(alike)
-        groups.append(SameSize(places, policy.look(images)))
+        groups.append(SameSize(places, policy.features(images)))
     return groups
 
 
@@ -55,7 +55,7 @@ def _together(normal: Sequence[Tensor]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def homogeneity(policy: Policy, features: Sight) -> list[Tensor]:
+def homogeneity(policy: Policy, features: PolicyFeatures) -> list[Tensor]:
     """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size.
 
     Raises:
@@ -95,7 +95,7 @@ def features_on_grids(policy: Policy, groups: Sequence[SameSize]) -> dict[Grid, 
     for grid in dict.fromkeys(group.features.grid for group in groups):
         alike = [group for group in groups if group.features.grid == grid]
         if len(alike) == 1:
-            found[grid] = policy.features(alike[0].features)
+            found[grid] = policy.on_grid(alike[0].features)
             continue
         order = sorted(place for group in alike for place in group.places)
         # Channels last in memory: a cell's features side by side.
@@ -103,5 +103,5 @@ def features_on_grids(policy: Policy, groups: Sequence[SameSize]) -> dict[Grid, 
         found[grid] = alike[0].features.fused.new_empty(shape).movedim(-1, 1)
         for group in alike:
             rows = [order.index(place) for place in group.places]
-            found[grid][rows] = policy.features(group.features)
+            found[grid][rows] = policy.on_grid(group.features)
     return found

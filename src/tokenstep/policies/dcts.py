@@ -24,8 +24,8 @@ STRIDE = 32  # the picture is padded to whole strides, so that every trunk's map
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
-    """What the policy's CNN saw of pictures of one size."""
+class PolicyFeatures:
+    """What the policy's CNN makes of pictures of one size."""
 
     maps: list[Tensor]  # features of the trunk, fine to coarse
     fused: Tensor  # (B, width, ...) on the grid of the finest superpatches
@@ -63,20 +63,20 @@ class Policy(nn.Module):
 
         ``H`` and ``W`` are the patch grid, rounded up; what hangs over is padded with the border.
         """
-        return self.score(self.look(images))
+        return self.score(self.features(images))
 
-    def look(self, images: Tensor) -> Sight:
+    def features(self, images: Tensor) -> PolicyFeatures:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
         grid = grid_of(images.shape[2:], self.patch)
         whole = self.whole(grid)
         read = self.read(images, whole)
         # Channels last in memory, as is then all that the CNN makes of it: on a CPU half the time.
         maps = list(self.trunk(read.contiguous(memory_format=torch.channels_last)))
-        return Sight(maps, self.fuse(maps, whole), grid, whole)
+        return PolicyFeatures(maps, self.fuse(maps, whole), grid, whole)
 
-    def score(self, sight: Sight) -> list[Tensor]:
-        """Logit maps of :meth:`forward` from what was seen."""
-        grid, fused = sight.grid, sight.fused
+    def score(self, features: PolicyFeatures) -> list[Tensor]:
+        """Logit maps of :meth:`forward` from the features."""
+        grid, fused = features.grid, features.fused
         scores = []
         finest = min(self.config.sizes)
         for size, head in zip(self.config.sizes, self.heads, strict=True):
@@ -87,7 +87,7 @@ class Policy(nn.Module):
         return scores
 
     def macs(self, size: tuple[int, int], *, scores: bool = True) -> int:
-        """Multiply-adds on a picture of ``size`` (h, w); of :meth:`look` alone if not scored."""
+        """Multiply-adds on a picture of ``size`` (h, w); without ``scores``, of the features."""
         rows, columns = self.whole(grid_of(size, self.patch))
         finest = min(self.config.sizes)
         smooth = cast(nn.Conv2d, self.smooth[0]).weight.numel()
@@ -132,18 +132,18 @@ class Policy(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Channels of :meth:`features`."""
+        """Channels of :meth:`on_grid`."""
         trunk: list[int] = cast(Any, self.trunk).feature_info.channels()
         return self.config.width + sum(trunk)
 
-    def features(self, sight: Sight) -> Tensor:
-        """What was seen, on the patch grid: ``(B, channels, H, W)``."""
-        height, width = sight.grid
-        maps = [
-            F.interpolate(found, sight.whole, mode="bilinear", align_corners=False)
-            for found in (sight.fused, *sight.maps)
+    def on_grid(self, features: PolicyFeatures) -> Tensor:
+        """The features on the patch grid: ``(B, channels, H, W)``."""
+        height, width = features.grid
+        scaled = [
+            F.interpolate(maps, features.whole, mode="bilinear", align_corners=False)
+            for maps in (features.fused, *features.maps)
         ]
-        return torch.cat(maps, dim=1)[:, :, :height, :width]
+        return torch.cat(scaled, dim=1)[:, :, :height, :width]
 
     def whole(self, grid: Grid) -> Grid:
         """The grid in whole superpatches of the coarsest size.

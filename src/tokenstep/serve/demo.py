@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from tokenstep.config import DENSE
-from tokenstep.data.pictures import picture_size, write_text
+from tokenstep.data.pictures import picture_size
 from tokenstep.data.scaling import MaxSide, side_for
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve import summary

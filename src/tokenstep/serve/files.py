@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.draw import overlay, palette_image, token_map
-from tokenstep.data.pictures import read_picture, to_tensor, write_whole
+from tokenstep.data.pictures import read_picture, to_tensor
 from tokenstep.data.scaling import scaled_down
+from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import TokenstepError
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter

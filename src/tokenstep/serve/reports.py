@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenstep import __version__
 from tokenstep.config import ModelConfig, OperatingPoint, Thresholds
-from tokenstep.data.pictures import write_text
+from tokenstep.data.whole_files import write_text
 from tokenstep.terminal import as_json
 
 PAUSE = 1.0  # seconds between two writings, at least

@@ -134,11 +134,11 @@ class PolicyModule(PhaseModule):
             tolerance=self.recipe.tolerance,
         )
         normal = normalise(images, cast(Tensor, self.mean), cast(Tensor, self.std))
-        sight = self.policy.look(normal)
-        loss = homogeneity_loss(self.policy.score(sight), targets)
+        features = self.policy.features(normal)
+        loss = homogeneity_loss(self.policy.score(features), targets)
         self.log("loss", loss, prog_bar=True)
         if self.namer is not None:
-            named = self.namer(self.policy.features(sight))
+            named = self.namer(self.policy.on_grid(features))
             aside = naming_loss(named, padded_labels(labels, self.recipe.patch))
             self.log("naming", aside, prog_bar=True)
             loss = loss + self.recipe.class_weight * aside

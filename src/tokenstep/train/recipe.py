@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from tokenstep.checks import require
-from tokenstep.config import (
-    HALF,
-    Channels,
-    PolicyConfig,
-    Thresholds,
-    VitConfig,
-    from_dict,
-    require_normal,
-)
+from tokenstep.config import HALF, Channels, PolicyConfig, Thresholds, VitConfig, require_normal
 from tokenstep.errors import TokenstepError
 from tokenstep.model.renamed import KEYS, with_new_keys
+from tokenstep.typed import from_dict
 
 T = TypeVar("T")
 

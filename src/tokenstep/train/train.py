@@ -18,10 +18,11 @@ from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Run, measure
 from tokenstep.model.build import step_parts
-from tokenstep.model.card import policy_card, write_card
+from tokenstep.model.card import write_card
 from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
 from tokenstep.policies.dcts import Policy, build_trunk
+from tokenstep.train.card import policy_card
 from tokenstep.train.lock import held
 from tokenstep.train.loop import Loop, is_main, meet
 from tokenstep.train.losses import class_weights

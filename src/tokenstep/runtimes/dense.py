@@ -22,10 +22,10 @@ from tokenstep.model.positions import resampled
 from tokenstep.model.segmenter import Segmenter
 
 Rival = Callable[[Tensor], Tensor]
-MakeRival = Callable[[Segmenter, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
+MakeRuntime = Callable[[Segmenter, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
 
 
-class DenseTwin(nn.Module):
+class DenseGraph(nn.Module):
     """The dense model on pictures of one size ``(h, w)``, as a plain graph of tensors.
 
     Raises:
@@ -57,7 +57,7 @@ class DenseTwin(nn.Module):
         normal = (images - mean) / std
         x = self.embedded(normal)
         if model.tokenise.context is not None:
-            seen = model.policy.features(model.policy.look(normal))
+            seen = model.policy.on_grid(model.policy.features(normal))
             x = x + model.tokenise.context(seen.flatten(2).transpose(1, 2))
         prefix = model.tokenise.prefix_count
         x = F.pad(x, (0, 0, prefix, 0)) + cast(Tensor, self.table)
@@ -98,17 +98,17 @@ class DenseTwin(nn.Module):
         return full.argmax(1).to(torch.uint8)[:, : self.size[0], : self.size[1]]
 
 
-def torch_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
+def eager(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in eager mode."""
-    return DenseTwin(model, size).eval()
+    return DenseGraph(model, size).eval()
 
 
-def compiled_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
+def compiled(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin under ``torch.compile``."""
-    return cast(Rival, torch.compile(DenseTwin(model, size).eval()))
+    return cast(Rival, torch.compile(DenseGraph(model, size).eval()))
 
 
-def onnx_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
+def onnx_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in ONNX Runtime, on the CPU with torch's number of threads."""
     import onnxruntime
 
@@ -116,13 +116,13 @@ def onnx_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     with TemporaryDirectory() as folder:
-        path = export(DenseTwin(model, size).eval(), batch, Path(folder))
+        path = export(DenseGraph(model, size).eval(), batch, Path(folder))
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (one.name for one in session.get_inputs())
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def openvino_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
+def openvino_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in OpenVINO, on the CPU in fp32 with torch's number of threads."""
     import openvino
 
@@ -132,7 +132,7 @@ def openvino_rival(model: Segmenter, size: tuple[int, int], batch: int) -> Rival
         "PERFORMANCE_HINT": "LATENCY",
     }
     with TemporaryDirectory() as folder:
-        path = export(DenseTwin(model, size).eval(), batch, Path(folder))
+        path = export(DenseGraph(model, size).eval(), batch, Path(folder))
         compiled = openvino.Core().compile_model(path, "CPU", settings)
     return partial(_run_openvino, compiled)
 
@@ -141,7 +141,7 @@ def _run_openvino(compiled: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(compiled([images.numpy()])[0])
 
 
-def export(twin: DenseTwin, batch: int, folder: Path) -> Path:
+def export(twin: DenseGraph, batch: int, folder: Path) -> Path:
     """Write the twin as ONNX for batches of ``batch`` and return the file."""
     path = folder / "dense.onnx"
     images = torch.rand(batch, 3, *twin.size)
@@ -149,9 +149,9 @@ def export(twin: DenseTwin, batch: int, folder: Path) -> Path:
     return path
 
 
-MAKERS: dict[str, MakeRival] = {  # of `choices.RIVALS`
-    "torch": torch_rival,
-    "compile": compiled_rival,
-    "onnx": onnx_rival,
-    "openvino": openvino_rival,
+RUNTIMES: dict[str, MakeRuntime] = {  # of `choices.RIVALS`
+    "torch": eager,
+    "compile": compiled,
+    "onnx": onnx_runtime,
+    "openvino": openvino_runtime,
 }

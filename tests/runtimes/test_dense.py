@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenstep.config import DENSE
 from tokenstep.errors import TokenstepError
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.runtimes.rivals import DenseTwin, onnx_rival, openvino_rival, torch_rival
+from tokenstep.runtimes.dense import DenseGraph, eager, onnx_runtime, openvino_runtime
 
 SIZE = (50, 75)
 
@@ -41,18 +41,18 @@ def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, o
     model = tiny_model(**changes)
     images = smooth(2)
     with torch.inference_mode():
-        labels = torch_rival(model, SIZE, 2)(images)
+        labels = eager(model, SIZE, 2)(images)
     assert agreement(model, labels, images) > 0.999
 
 
 def test_a_mask_decoder_has_no_twin(tiny_model: TinyModel) -> None:
     with pytest.raises(TokenstepError, match="linear decoder"):
-        DenseTwin(tiny_model(decoder="mask"), SIZE)
+        DenseGraph(tiny_model(decoder="mask"), SIZE)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("package", "make"), [("onnxruntime", onnx_rival), ("openvino", openvino_rival)]
+    ("package", "make"), [("onnxruntime", onnx_runtime), ("openvino", openvino_runtime)]
 )
 def test_other_runtimes_agree(tiny_model: TinyModel, package: str, make: object) -> None:
     pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[bench]'")
