@@ -1,4 +1,4 @@
-"""Stage 5 of 6: one value per token -> one value per cell, or per sub-cell.
+"""Stage 6 of 6, its first half: one value per token -> one value per cell, or per sub-cell.
 
 A token predicts ``side x side`` sub-cells, spread over each superpatch that it speaks for: a
 single patch is cut into ``side ** 2`` parts, and a superpatch of 4x4 patches into as many larger
