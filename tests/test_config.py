@@ -111,12 +111,12 @@ def test_a_model_survives_json() -> None:
         {"classes": ("a", " ")},
         {"palette": ((0, 0, 0), (0, 256, 0))},
         {"palette": ((0, 0, 0), (0, -1, 0))},
-        {"settings": Thresholds(merge=(0.5,))},
-        {"settings": Thresholds(exits=(0.5, 0.5, 0.5))},
-        {"settings": Thresholds(merge=(0.5, 0.5, 0.5, 1.5))},
-        {"settings": Thresholds(exits=(-0.1, 0.5))},
-        {"settings": Thresholds(exits=(float("nan"), 0.5))},
-        {"settings": Thresholds(spare=-1)},
+        {"thresholds": Thresholds(merge=(0.5,))},
+        {"thresholds": Thresholds(exits=(0.5, 0.5, 0.5))},
+        {"thresholds": Thresholds(merge=(0.5, 0.5, 0.5, 1.5))},
+        {"thresholds": Thresholds(exits=(-0.1, 0.5))},
+        {"thresholds": Thresholds(exits=(float("nan"), 0.5))},
+        {"thresholds": Thresholds(spare=-1)},
     ],
 )
 def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object]) -> None:

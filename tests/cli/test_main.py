@@ -338,7 +338,7 @@ def test_the_picture_s_own_compute_is_printed_not_that_of_the_calibration(
 ) -> None:
     shutil.copytree(saved, tmp_path / "model")
     config = json.loads((saved / "config.json").read_text())
-    point = {"settings": config["settings"], "miou": 0.5, "loss": 0.25, "gmac": 777.77}
+    point = {"settings": config["thresholds"], "miou": 0.5, "loss": 0.25, "gmac": 777.77}
     config["points"] = [{**point, "tokens": 9, "halted_share": 0, "split": "val", "images": 7}]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"

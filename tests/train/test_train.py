@@ -86,8 +86,8 @@ def test_a_policy_that_is_no_number_has_no_report(drawn: Path) -> None:
         ({"vit": dataclasses.replace(VIT, name="vit_of_dreams")}, "vit_of_dreams"),
         ({"vit": dataclasses.replace(VIT, name="test_vit.foo")}, "foo"),
         ({"vit": dataclasses.replace(VIT, patch=None, image_size=(8, 8))}, "image_size"),
-        ({"settings": Thresholds(exits=(0.9, 0.9))}, "exit"),
-        ({"settings": Thresholds(merge=(0.9,))}, "superpatch"),
+        ({"thresholds": Thresholds(exits=(0.9, 0.9))}, "exit"),
+        ({"thresholds": Thresholds(merge=(0.9,))}, "superpatch"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(

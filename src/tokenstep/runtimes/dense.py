@@ -21,8 +21,8 @@ from tokenstep.model.embed import ConvEmbed, LinearEmbed
 from tokenstep.model.positions import resampled
 from tokenstep.model.segmenter import Segmenter
 
-Rival = Callable[[Tensor], Tensor]
-MakeRuntime = Callable[[Segmenter, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
+Runtime = Callable[[Tensor], Tensor]
+MakeRuntime = Callable[[Segmenter, tuple[int, int], int], Runtime]  # for pictures (h, w), a batch
 
 
 class DenseGraph(nn.Module):
@@ -35,7 +35,7 @@ class DenseGraph(nn.Module):
     def __init__(self, model: Segmenter, size: tuple[int, int]) -> None:
         super().__init__()
         if not isinstance(model.decoder, LinearDecoder):
-            raise TokenstepError("only models with a linear decoder have a plain dense twin")
+            raise TokenstepError("only models with a linear decoder have a plain dense graph")
         self.model = model
         self.size = size
         self.grid = grid_of(size, model.patch)
@@ -98,18 +98,18 @@ class DenseGraph(nn.Module):
         return full.argmax(1).to(torch.uint8)[:, : self.size[0], : self.size[1]]
 
 
-def eager(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
-    """The twin in eager mode."""
+def eager(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
+    """The graph in eager mode."""
     return DenseGraph(model, size).eval()
 
 
-def compiled(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
-    """The twin under ``torch.compile``."""
-    return cast(Rival, torch.compile(DenseGraph(model, size).eval()))
+def compiled(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
+    """The graph under ``torch.compile``."""
+    return cast(Runtime, torch.compile(DenseGraph(model, size).eval()))
 
 
-def onnx_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
-    """The twin in ONNX Runtime, on the CPU with torch's number of threads."""
+def onnx_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
+    """The graph in ONNX Runtime, on the CPU with torch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -122,8 +122,8 @@ def onnx_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def openvino_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
-    """The twin in OpenVINO, on the CPU in fp32 with torch's number of threads."""
+def openvino_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
+    """The graph in OpenVINO, on the CPU in fp32 with torch's number of threads."""
     import openvino
 
     settings = {
@@ -141,11 +141,11 @@ def _run_openvino(compiled: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(compiled([images.numpy()])[0])
 
 
-def export(twin: DenseGraph, batch: int, folder: Path) -> Path:
-    """Write the twin as ONNX for batches of ``batch`` and return the file."""
+def export(graph: DenseGraph, batch: int, folder: Path) -> Path:
+    """Write the graph as ONNX for batches of ``batch`` and return the file."""
     path = folder / "dense.onnx"
-    images = torch.rand(batch, 3, *twin.size)
-    torch.onnx.export(twin, (images,), path, dynamo=True, verbose=False)
+    images = torch.rand(batch, 3, *graph.size)
+    torch.onnx.export(graph, (images,), path, dynamo=True, verbose=False)
     return path
 
 
