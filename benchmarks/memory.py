@@ -23,7 +23,7 @@ import tokenstep
 from tokenstep.measure.cases import Case, fitting
 from tokenstep.measure.machine import MIB
 from tokenstep.measure.speed import ways
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 
 def allocated_mib(call: Callable[[], object]) -> float:
@@ -42,10 +42,10 @@ def allocated_mib(call: Callable[[], object]) -> float:
     return highest / MIB
 
 
-def rows_of(model: StepSegmenter, case: Case, files: list[Path]) -> dict[str, object]:
+def rows_of(model: Segmenter, case: Case, files: list[Path]) -> dict[str, object]:
     """What each full batch of ``files`` takes, in MiB."""
     _, pictures = fitting(files, case)
-    runs = ways(model, case, model.config.settings)
+    runs = ways(model, case, model.config.thresholds)
     found = []
     for first in range(0, len(pictures) - case.batch + 1, case.batch):
         some = pictures[first : first + case.batch]

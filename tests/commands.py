@@ -14,8 +14,8 @@ import torch
 from conftest import CLASSES, PALETTE
 
 from tokenstep.cli import main
-from tokenstep.config import ModelConfig, PolicyConfig, Settings, VitConfig
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.config import ModelConfig, PolicyConfig, Thresholds, VitConfig
+from tokenstep.model.segmenter import Segmenter
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
@@ -53,8 +53,8 @@ def save_model(folder: Path) -> Path:
     vit = VitConfig("test_vit", patch=8, depth=2, image_size=(32, 48), exits=(1,), cells=2)
     policy = PolicyConfig("test_efficientnet", stages=(1, 2), sizes=(2, 4), width=8)
     # Superpatches wherever they fit, so that the largest picture costs little.
-    config = ModelConfig(CLASSES, PALETTE, vit, policy, Settings((0.0, 0.0), (0.36,)))
-    StepSegmenter(config).eval().save_pretrained(folder)
+    config = ModelConfig(CLASSES, PALETTE, vit, policy, Thresholds((0.0, 0.0), (0.36,)))
+    Segmenter.build(config).eval().save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from training import draw, policy_recipe
 
 from tokenstep.config import ModelConfig, PolicyConfig, VitConfig
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ settings.load_profile("tokenstep")
 CLASSES = ("road", "tree", "sky")
 PALETTE = ((90, 90, 90), (0, 120, 0), (90, 160, 230))
 
-TinyModel = Callable[..., StepSegmenter]
+TinyModel = Callable[..., Segmenter]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -51,9 +51,9 @@ def tiny_config() -> Callable[..., ModelConfig]:
 def tiny_model(tiny_config: Callable[..., ModelConfig]) -> TinyModel:
     """Build a small model in eval mode, the same for the same keywords."""
 
-    def build(**changes: object) -> StepSegmenter:
+    def build(**changes: object) -> Segmenter:
         torch.manual_seed(1)
-        return StepSegmenter(tiny_config(**changes)).eval()
+        return Segmenter.build(tiny_config(**changes)).eval()
 
     return build
 

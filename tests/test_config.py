@@ -4,16 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+from tokenstep.typed import from_dict
 
-from tokenstep.config import (
-    DENSE,
-    ModelConfig,
-    OperatingPoint,
-    PolicyConfig,
-    Settings,
-    VitConfig,
-    from_dict,
-)
+from tokenstep.config import DENSE, ModelConfig, OperatingPoint, PolicyConfig, Thresholds, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.train.recipe import (
     DataConfig,
@@ -116,12 +109,12 @@ def test_a_model_survives_json() -> None:
         {"classes": ("a", " ")},
         {"palette": ((0, 0, 0), (0, 256, 0))},
         {"palette": ((0, 0, 0), (0, -1, 0))},
-        {"settings": Settings(merge=(0.5,))},
-        {"settings": Settings(exits=(0.5, 0.5, 0.5))},
-        {"settings": Settings(merge=(0.5, 0.5, 0.5, 1.5))},
-        {"settings": Settings(exits=(-0.1, 0.5))},
-        {"settings": Settings(exits=(float("nan"), 0.5))},
-        {"settings": Settings(spare=-1)},
+        {"thresholds": Thresholds(merge=(0.5,))},
+        {"thresholds": Thresholds(exits=(0.5, 0.5, 0.5))},
+        {"thresholds": Thresholds(merge=(0.5, 0.5, 0.5, 1.5))},
+        {"thresholds": Thresholds(exits=(-0.1, 0.5))},
+        {"thresholds": Thresholds(exits=(float("nan"), 0.5))},
+        {"thresholds": Thresholds(spare=-1)},
     ],
 )
 def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object]) -> None:
@@ -131,9 +124,9 @@ def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object
 
 
 def test_settings_switch_each_half_off() -> None:
-    both = Settings((0.1,), (0.2,), 3)
-    assert both.without_merging() == Settings((), (0.2,), 3)
-    assert both.without_exits() == Settings((0.1,), (), 3)
+    both = Thresholds((0.1,), (0.2,), 3)
+    assert both.without_merging() == Thresholds((), (0.2,), 3)
+    assert both.without_exits() == Thresholds((0.1,), (), 3)
 
 
 PHASE = Phase(steps=1, batch=1, crop=(32, 32))
@@ -194,7 +187,7 @@ def test_pictures_are_kept_in_memory_on_request_only() -> None:
 
 
 def point(loss: float, gmac: float, merge: tuple[float, ...] = ()) -> OperatingPoint:
-    return OperatingPoint(Settings(merge), 0.6, loss, gmac, 900.0, 0.0, "val", 101)
+    return OperatingPoint(Thresholds(merge), 0.6, loss, gmac, 900.0, 0.0, "val", 101)
 
 
 def calibrated(*points: OperatingPoint) -> ModelConfig:

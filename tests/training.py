@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from tokenstep.config import PolicyConfig, Settings, VitConfig
+from tokenstep.config import PolicyConfig, Thresholds, VitConfig
 from tokenstep.train.recipe import DataConfig, Phase, PolicyRecipe, SegmenterRecipe, TrainerConfig
 
 COLOURS = np.array([[40, 90, 200], [200, 60, 50], [240, 220, 60]])
@@ -49,7 +49,7 @@ def policy_recipe(
 
 
 def segmenter_recipe(root: Path, policy: Path, out: Path, *phases: Phase) -> SegmenterRecipe:
-    settings = Settings(merge=(0.5, 0.5), exits=(0.9,), spare=2)
+    thresholds = Thresholds(merge=(0.5, 0.5), exits=(0.9,), spare=2)
     return SegmenterRecipe(
-        data_config(root), phases, str(policy), str(out), settings, vit=VIT, trainer=TRAINER
+        data_config(root), phases, str(policy), str(out), thresholds, vit=VIT, trainer=TRAINER
     )

@@ -37,7 +37,7 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Thresholds:
     """How much to save: the thresholds of one operating point.
 
     ``merge`` holds one threshold in 0..1 per superpatch size and ``exits`` one per exit; empty
@@ -50,14 +50,14 @@ class Settings:
 
     def without_merging(self) -> "Settings":
         """The same with merging off."""
-        return Settings((), self.exits, self.spare)
+        return Thresholds((), self.exits, self.spare)
 
     def without_exits(self) -> "Settings":
         """The same with exits off."""
-        return Settings(self.merge, (), self.spare)
+        return Thresholds(self.merge, (), self.spare)
 
 
-DENSE = Settings()
+DENSE = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OperatingPoint:
     are means per picture.
     """
 
-    settings: Settings
+    thresholds: Thresholds
     miou: float
     loss: float
     gmac: float
@@ -117,9 +117,9 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that a StepSegmenter is built from.
+    """Everything that a Segmenter is built from.
 
-    Pictures are normalised by ``mean`` and ``std`` after scaling to 0..1. ``settings`` are what
+    Pictures are normalised by ``mean`` and ``std`` after scaling to 0..1. ``thresholds`` are what
     the model runs at unless it is told otherwise; ``points`` are what calibration measured, cheap
     to dear, and ``temperatures`` (one per exit, or none) what it divides the exits' logits by
     before their confidence is taken. ``long_side`` is the scale that it was trained at, in pixels:
@@ -131,7 +131,7 @@ class ModelConfig:
     palette: tuple[RGB, ...]
     vit: VitConfig = field(default_factory=VitConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    settings: Settings = DENSE
+    thresholds: Thresholds = DENSE
     points: tuple[OperatingPoint, ...] = ()
     temperatures: tuple[float, ...] = ()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -148,8 +148,8 @@ class ModelConfig:
                 f"model: give no temperature or one above 0 per exit {self.vit.exits}, got "
                 f"{self.temperatures}"
             )
-        for settings in (self.settings, *(point.settings for point in self.points)):
-            self.check(settings)
+        for thresholds in (self.thresholds, *(point.thresholds for point in self.points)):
+            self.check(thresholds)
 
     def point_within(self, max_loss: float) -> OperatingPoint | None:
         """The cheapest operating point that loses at most ``max_loss`` points; None for dense.
@@ -172,20 +172,23 @@ class ModelConfig:
         within = [point for point in self.points if point.loss <= max_loss]
         return min(within, key=lambda point: point.gmac, default=None)
 
-    def check(self, settings: Settings) -> None:
+    def check(self, thresholds: Thresholds) -> None:
         """Refuse settings that do not fit this model.
 
         Raises:
             TokenstepError: there is not one threshold per superpatch size, or per exit, or a
                 threshold is not within 0 to 1, or ``spare`` is negative.
         """
-        if not all(0 <= bar <= 1 for bar in settings.merge + settings.exits) or settings.spare < 0:
+        if (
+            not all(0 <= bar <= 1 for bar in thresholds.merge + thresholds.exits)
+            or thresholds.spare < 0
+        ):
             raise TokenstepError(
-                f"settings: thresholds must be 0 to 1 and spare 0 or more, got {settings}"
+                f"settings: thresholds must be 0 to 1 and spare 0 or more, got {thresholds}"
             )
         for what, given, of in (
-            ("superpatch size", settings.merge, self.policy.sizes),
-            ("exit", settings.exits, self.vit.exits),
+            ("superpatch size", thresholds.merge, self.policy.sizes),
+            ("exit", thresholds.exits, self.vit.exits),
         ):
             if given and len(given) != len(of):
                 raise TokenstepError(

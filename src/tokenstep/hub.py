@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import CONFIG, StepSegmenter
+from tokenstep.model.segmenter import CONFIG, Segmenter
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -16,7 +16,7 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
 
 
-def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> StepSegmenter:
+def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Segmenter:
     """Load a model by a shipped name, a folder, or a Hugging Face repository id.
 
     ``device`` is "cpu", "cuda", "cuda:N" or "auto": a GPU if torch finds one, else the CPU.
@@ -40,7 +40,7 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         )
     source = str(path) if path.is_dir() else str(name)
     try:
-        model = StepSegmenter.from_pretrained(source)
+        model = Segmenter.from_pretrained(source)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TokenstepError(f"model {source}: cannot be loaded ({reason})") from error

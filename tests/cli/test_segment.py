@@ -12,7 +12,7 @@ from PIL import Image
 from samples import labelled_folder, pattern, save_pattern
 
 from tokenstep import __version__
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 
@@ -141,7 +141,7 @@ def test_the_picture_s_own_compute_is_printed_not_that_of_the_calibration(
 ) -> None:
     shutil.copytree(saved, tmp_path / "model")
     config = json.loads((saved / "config.json").read_text())
-    point = {"settings": config["settings"], "miou": 0.5, "loss": 0.25, "gmac": 777.77}
+    point = {"settings": config["thresholds"], "miou": 0.5, "loss": 0.25, "gmac": 777.77}
     config["points"] = [{**point, "tokens": 9, "halted_share": 0, "split": "val", "images": 7}]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
@@ -155,7 +155,7 @@ def test_the_picture_s_own_compute_is_printed_not_that_of_the_calibration(
 def test_segment_in_python_has_the_knob_too(saved: Path, photo: Path) -> None:
     model = load(saved)
     with pytest.raises(TokenstepError, match="not both"):
-        model.segment(photo, settings=Settings(), max_loss=1)
+        model.segment(photo, thresholds=Thresholds(), max_loss=1)
     with pytest.raises(TokenstepError, match="calibrate"):
         model.segment(photo, max_loss=1)
     dense = model.segment(photo, max_loss=0)

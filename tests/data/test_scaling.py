@@ -16,12 +16,12 @@ from PIL import Image
 from samples import labelled_folder, pattern, save_pattern
 from support import scramble
 
-from tokenstep.config import ModelConfig, OperatingPoint, Settings
+from tokenstep.config import ModelConfig, OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.demo import Demo, show
 
 SIDE = 32
@@ -29,18 +29,18 @@ Run = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     """A model that was trained at a long side of 32 px, and calibrated."""
     model = tiny_model(cells=2)
     scramble(model)
-    settings = Settings((0.5, 0.5), (0.4, 0.4))
-    point = OperatingPoint(settings, 0.5, 0.1, 1.0, 9.0, 0.5, "val", 7)
-    model.config = replace(model.config, settings=settings, points=(point,), long_side=SIDE)
+    thresholds = Thresholds((0.5, 0.5), (0.4, 0.4))
+    point = OperatingPoint(thresholds, 0.5, 0.1, 1.0, 9.0, 0.5, "val", 7)
+    model.config = replace(model.config, thresholds=thresholds, points=(point,), long_side=SIDE)
     return model
 
 
 @pytest.fixture(scope="module")
-def saved(model: StepSegmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(model: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
     model.save_pretrained(folder)
     return folder
@@ -74,7 +74,7 @@ def labels_in(tmp_path: Path) -> np.ndarray:
 
 
 def test_a_larger_picture_is_run_at_the_models_scale_and_comes_back_whole(
-    model: StepSegmenter, photo: Path
+    model: Segmenter, photo: Path
 ) -> None:
     result = model.segment(photo)
     assert isinstance(result, Result)
@@ -88,7 +88,7 @@ def test_a_larger_picture_is_run_at_the_models_scale_and_comes_back_whole(
     assert np.array_equal(result.labels, np.asarray(again))
 
 
-def test_every_form_of_a_picture_is_scaled_in_one_way(model: StepSegmenter, photo: Path) -> None:
+def test_every_form_of_a_picture_is_scaled_in_one_way(model: Segmenter, photo: Path) -> None:
     pixels = np.array(Image.open(photo))
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     whole = model.segment([photo, Image.open(photo), pixels, tensor, tensor / 255])
@@ -99,7 +99,7 @@ def test_every_form_of_a_picture_is_scaled_in_one_way(model: StepSegmenter, phot
     assert whole[-1].scaled_to == (32, 21)
 
 
-def test_a_side_of_ones_own_and_none(model: StepSegmenter, photo: Path) -> None:
+def test_a_side_of_ones_own_and_none(model: Segmenter, photo: Path) -> None:
     sizes = {None: None, 45: (45, 30), 90: None, 200: None, "auto": (32, 21)}
     for side, scaled in sizes.items():
         result = model.segment(photo, max_side=side)  # type: ignore[arg-type]
@@ -111,13 +111,13 @@ def test_a_side_of_ones_own_and_none(model: StepSegmenter, photo: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_pictures_within_the_scale_are_left(model: StepSegmenter, tmp_path: Path) -> None:
+def test_pictures_within_the_scale_are_left(model: Segmenter, tmp_path: Path) -> None:
     for h, w in ((SIDE, SIDE), (9, SIDE), (1, 1)):
         result = model.segment(pattern(h, w))
         assert isinstance(result, Result) and result.scaled_to is None
 
 
-def test_only_segment_scales(model: StepSegmenter, photo: Path) -> None:
+def test_only_segment_scales(model: Segmenter, photo: Path) -> None:
     (result,) = model.segment_batch([photo])
     assert result.scaled_to is None and result.tokens.grid == 12 * 8
 
@@ -144,29 +144,29 @@ def test_streets_have_a_scale_and_maps_have_none() -> None:
     assert load("aerial").config.long_side is None
 
 
-def test_a_number_of_numpy_is_a_side_too(model: StepSegmenter, photo: Path) -> None:
+def test_a_number_of_numpy_is_a_side_too(model: Segmenter, photo: Path) -> None:
     result, wanted = model.segment(photo, max_side=np.int64(20)), model.segment(photo, max_side=20)
     assert result.scaled_to == wanted.scaled_to and max(result.scaled_to) == 20
 
 
-def test_settings_that_are_none_are_told(model: StepSegmenter, photo: Path) -> None:
+def test_settings_that_are_none_are_told(model: Segmenter, photo: Path) -> None:
     with pytest.raises(TokenstepError, match="settings is 'dense': give"):
-        model.segment(photo, settings="dense")
+        model.segment(photo, thresholds="dense")
 
 
-def test_an_address_is_named_as_it_is_given(model: StepSegmenter) -> None:
+def test_an_address_is_named_as_it_is_given(model: Segmenter) -> None:
     with pytest.raises(TokenstepError, match=r"^http://x/y\.jpg: is an address"):
         model.segment("http://x/y.jpg")
 
 
 @pytest.mark.parametrize("max_loss", ["1", True, float("nan"), -1])
-def test_a_loss_that_is_no_number_is_told(model: StepSegmenter, max_loss: object) -> None:
+def test_a_loss_that_is_no_number_is_told(model: Segmenter, max_loss: object) -> None:
     with pytest.raises(TokenstepError, match="give 0 or more points") as caught:
         model.segment(pattern(9, 9), max_loss=max_loss)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_are_no_list_of_pictures(model: StepSegmenter, photo: Path) -> None:
+def test_bytes_are_no_list_of_pictures(model: Segmenter, photo: Path) -> None:
     with pytest.raises(TokenstepError, match="BytesIO"):
         model.segment(photo.read_bytes())  # type: ignore[arg-type]
 
@@ -175,7 +175,7 @@ def test_bytes_are_no_list_of_pictures(model: StepSegmenter, photo: Path) -> Non
 
 
 def test_segment_scales_by_default_and_says_so(
-    run: Run, model: StepSegmenter, photo: Path, tmp_path: Path
+    run: Run, model: Segmenter, photo: Path, tmp_path: Path
 ) -> None:
     said, report = run("segment", photo)
     (line,) = [line for line in said.splitlines() if "scaled down" in line]
@@ -215,7 +215,7 @@ def test_a_wrong_side_is_told(photo: Path, command: str, side: str) -> None:
 
 
 def test_the_page_and_the_command_line_have_one_label_map(
-    run: Run, model: StepSegmenter, tmp_path: Path
+    run: Run, model: Segmenter, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     upload = tmp_path / "photo.jpg"
@@ -239,7 +239,7 @@ def test_explain_scales_by_default_and_says_so(run: Run, photo: Path, tmp_path: 
     assert "scaled down" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_measuring_never_scales(tmp_path: Path, model: StepSegmenter) -> None:
+def test_measuring_never_scales(tmp_path: Path, model: Segmenter) -> None:
     data = labelled_folder(tmp_path / "data", CLASSES, [(60, 90)])
     seen = []
     for side in (SIDE, None):

@@ -18,27 +18,27 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.explain import figures, plots
 from tokenstep.explain.folder import explain_folder
 from tokenstep.explain.report import FigureFile
 from tokenstep.explain.sections import difference_section, picture_sections, set_sections
 from tokenstep.explain.views import View, explain_picture, look
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
-STEP = Settings(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
+STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model(cells=2)
     scramble(model)
     return model
 
 
 @pytest.fixture
-def view(model: StepSegmenter) -> View:
+def view(model: Segmenter) -> View:
     return look(model, torch.from_numpy(pattern(70, 101)).permute(2, 0, 1), STEP)
 
 
@@ -128,12 +128,12 @@ def test_sections_are_drawn_whatever_is_off(
     model = tiny_model(exits=exits)
     root = labelled_folder(tmp_path / "set", CLASSES, [(48, 64), (33, 90)])
     folder = LabelledFolder(root, "test")
-    settings = Settings(merge, (0.36,) * len(exits))
-    report = explain_folder(model, folder, settings)
+    thresholds = Thresholds(merge, (0.36,) * len(exits))
+    report = explain_folder(model, folder, thresholds)
     every(set_sections(report))
     image, label = folder[0]
-    view = look(model, image, settings)
-    dense = model.segment_batch([image], settings=DENSE)[0].labels
+    view = look(model, image, thresholds)
+    dense = model.segment_batch([image], thresholds=DENSE)[0].labels
     sections = picture_sections("p", view, explain_picture(view))
     sections.append(difference_section("p", view, dense, label.numpy()))
     assert len(every(sections)) == 4 + len(exits)

@@ -13,7 +13,7 @@ from PIL import Image
 from samples import labelled_folder
 from support import scramble
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.folder import explain_folder, ways_of, worst
@@ -21,9 +21,9 @@ from tokenstep.explain.views import look
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import interior
 from tokenstep.measure.quality import Run
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
-STEP = Settings(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
+STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
 SIZES = [(48, 64), (40, 72), (33, 90)]
 
 
@@ -33,14 +33,14 @@ def folder(tmp_path: Path) -> LabelledFolder:
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model(cells=2)
     scramble(model)
     return model
 
 
 @pytest.fixture
-def report(model: StepSegmenter, folder: LabelledFolder) -> dict[str, Any]:
+def report(model: Segmenter, folder: LabelledFolder) -> dict[str, Any]:
     return explain_folder(model, folder, STEP)
 
 
@@ -72,7 +72,7 @@ def test_shares_sum_to_one(report: dict[str, Any]) -> None:
 
 
 def test_scores_and_costs_are_those_of_evaluate(
-    model: StepSegmenter, folder: LabelledFolder, report: dict[str, Any]
+    model: Segmenter, folder: LabelledFolder, report: dict[str, Any]
 ) -> None:
     found = evaluate(model, folder, Run(STEP))
     ways = {row["way"]: row for row in report["ways"]}
@@ -92,7 +92,7 @@ def test_errors_of_all_groupings_are_those_of_the_set(report: dict[str, Any]) ->
             assert wrong == pytest.approx(1 - row["accuracy"]), table
 
 
-def test_dense_gives_every_class_a_token_a_patch(model: StepSegmenter, tmp_path: Path) -> None:
+def test_dense_gives_every_class_a_token_a_patch(model: Segmenter, tmp_path: Path) -> None:
     whole = labelled_folder(tmp_path / "whole", CLASSES, [(48, 64), (64, 32)])
     report = explain_folder(model, LabelledFolder(whole, "test"), DENSE)
     for row in report["classes"]:
@@ -105,7 +105,7 @@ def test_dense_gives_every_class_a_token_a_patch(model: StepSegmenter, tmp_path:
 
 
 def test_tokens_are_those_of_the_results(
-    model: StepSegmenter, folder: LabelledFolder, report: dict[str, Any]
+    model: Segmenter, folder: LabelledFolder, report: dict[str, Any]
 ) -> None:
     uses = [look(model, image, STEP).result.tokens for image, _ in folder]
     for row, use in zip(report["pictures"], uses, strict=True):
@@ -123,7 +123,7 @@ def test_tokens_are_those_of_the_results(
         assert row["mean_tokens"] == column.mean()
 
 
-def test_what_an_oracle_labels_is_never_wrong(model: StepSegmenter, folder: LabelledFolder) -> None:
+def test_what_an_oracle_labels_is_never_wrong(model: Segmenter, folder: LabelledFolder) -> None:
     relabel(folder, lambda image: look(model, image, STEP).result.labels)
     report = explain_folder(model, folder, STEP)
     for table in ("depths", "sizes", "bands", "boundary"):
@@ -132,7 +132,7 @@ def test_what_an_oracle_labels_is_never_wrong(model: StepSegmenter, folder: Labe
     assert all(row["points_lost"] <= 0 for row in report["pictures"])
 
 
-def test_a_token_is_judged_by_its_majority(model: StepSegmenter, folder: LabelledFolder) -> None:
+def test_a_token_is_judged_by_its_majority(model: Segmenter, folder: LabelledFolder) -> None:
     def spotted(image: torch.Tensor) -> np.ndarray:
         """Right everywhere but in one pixel of each patch."""
         labels = look(model, image, DENSE).result.labels.copy()
@@ -140,14 +140,14 @@ def test_a_token_is_judged_by_its_majority(model: StepSegmenter, folder: Labelle
         return labels
 
     relabel(folder, spotted)
-    report = explain_folder(model, folder, Settings(exits=(0.36, 0.36), spare=1))
+    report = explain_folder(model, folder, Thresholds(exits=(0.36, 0.36), spare=1))
     assert [row["way"] for row in report["ways"]] == ["dense", "step"]
     last = report["depths"][-1]
     assert last["dense_wrong_share"] > 0
     assert report["ways"][0]["accuracy"] > 0.9
 
 
-def test_bands_are_distances_from_another_class(model: StepSegmenter, tmp_path: Path) -> None:
+def test_bands_are_distances_from_another_class(model: Segmenter, tmp_path: Path) -> None:
     root = labelled_folder(tmp_path / "set", CLASSES, [(64, 64)])
     halves = np.repeat([[0] * 32 + [1] * 32], 64, axis=0).astype(np.uint8)
     Image.fromarray(halves).save(root / "test" / "labels" / "p0.png")
@@ -161,7 +161,7 @@ def test_bands_are_distances_from_another_class(model: StepSegmenter, tmp_path: 
     assert float(interior(torch.from_numpy(halves), 8).float().mean()) == pytest.approx(48 / 64)
 
 
-def test_purity_is_that_of_the_labels(model: StepSegmenter, tmp_path: Path) -> None:
+def test_purity_is_that_of_the_labels(model: Segmenter, tmp_path: Path) -> None:
     root = labelled_folder(tmp_path / "set", CLASSES, [(32, 32)])
     label = np.zeros((32, 32), np.uint8)
     label[:4, :8], label[:, 16:] = 1, IGNORE  # one patch is half of class 1; one half has no label
@@ -184,7 +184,7 @@ def test_the_worst_come_first(report: dict[str, Any]) -> None:
         assert row["points_lost"] == pytest.approx(lost)
 
 
-def test_a_picture_without_labels_has_no_loss(model: StepSegmenter, folder: LabelledFolder) -> None:
+def test_a_picture_without_labels_has_no_loss(model: Segmenter, folder: LabelledFolder) -> None:
     Image.fromarray(np.full(SIZES[0], IGNORE, np.uint8)).save(folder.labels[0])
     report = explain_folder(model, folder, STEP)
     assert report["pictures"][0]["points_lost"] is None
@@ -192,7 +192,7 @@ def test_a_picture_without_labels_has_no_loss(model: StepSegmenter, folder: Labe
 
 
 def test_a_damaged_picture_is_named_and_the_others_go_on(
-    model: StepSegmenter, folder: LabelledFolder
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
     folder.paths[1].write_bytes(b"no picture")
     calls: list[None] = []
@@ -206,7 +206,7 @@ def test_a_damaged_picture_is_named_and_the_others_go_on(
         explain_folder(model, folder, STEP)
 
 
-def test_other_classes_are_refused(model: StepSegmenter, tmp_path: Path) -> None:
+def test_other_classes_are_refused(model: Segmenter, tmp_path: Path) -> None:
     other = labelled_folder(tmp_path / "other", ("cat", "dog"), SIZES)
     with pytest.raises(TokenstepError, match="cat"):
         explain_folder(model, LabelledFolder(other, "test"), STEP)
@@ -221,5 +221,5 @@ def test_merging_alone_is_run_where_it_is_another_way() -> None:
 def test_a_model_without_exits_is_explained_too(
     tiny_model: TinyModel, folder: LabelledFolder
 ) -> None:
-    report = explain_folder(tiny_model(exits=()), folder, Settings(merge=(0.4, 0.4)))
+    report = explain_folder(tiny_model(exits=()), folder, Thresholds(merge=(0.4, 0.4)))
     assert report["reliability"] == [] and len(report["depths"]) == 1

@@ -11,18 +11,18 @@ from conftest import TinyModel
 from samples import pattern
 from support import scramble
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.explain.views import View, depths_of, explain_picture, look, over_pixels
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.base import Halt
 from tokenstep.reducers.exits import EarlyPruning
 
-STEP = Settings(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
+STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model(cells=2)
     scramble(model)
     model.config = replace(model.config, temperatures=(1.5, 0.7))
@@ -34,7 +34,7 @@ def picture(height: int = 70, width: int = 101) -> torch.Tensor:
 
 
 def seen_by_pruning(
-    model: StepSegmenter, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, thresholds: Thresholds, monkeypatch: pytest.MonkeyPatch
 ) -> list[np.ndarray]:
     """The confidences that the exits really judged by, prefix rows left out, sorted."""
     seen = []
@@ -48,12 +48,12 @@ def seen_by_pruning(
 
     with monkeypatch.context() as patch:
         patch.setattr(EarlyPruning, "__call__", watched)
-        model.segment_batch([picture()], settings=settings)
+        model.segment_batch([picture()], thresholds=thresholds)
     return seen
 
 
-def test_looking_on_changes_nothing(model: StepSegmenter) -> None:
-    view, alone = look(model, picture(), STEP), model.segment_batch([picture()], settings=STEP)[0]
+def test_looking_on_changes_nothing(model: Segmenter) -> None:
+    view, alone = look(model, picture(), STEP), model.segment_batch([picture()], thresholds=STEP)[0]
     assert np.array_equal(view.result.labels, alone.labels)
     assert np.array_equal(view.result.tokens.layer, alone.tokens.layer)
     assert view.result.cost == alone.cost
@@ -61,7 +61,7 @@ def test_looking_on_changes_nothing(model: StepSegmenter) -> None:
 
 
 def test_confidences_are_those_that_tokens_halt_by(
-    model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = look(model, picture(), STEP)
     first = np.unique(view.result.tokens.owner)
@@ -71,7 +71,7 @@ def test_confidences_are_those_that_tokens_halt_by(
         np.testing.assert_allclose(np.sort(of_tokens), judged, atol=1e-6)
 
 
-def test_an_exit_sees_what_had_not_halted(model: StepSegmenter) -> None:
+def test_an_exit_sees_what_had_not_halted(model: Segmenter) -> None:
     view = look(model, picture(), STEP)
     layer = view.result.tokens.layer
     for seen in view.exits:
@@ -80,7 +80,7 @@ def test_an_exit_sees_what_had_not_halted(model: StepSegmenter) -> None:
         assert (seen.confidence[layer == seen.after] > STEP.exits[0]).all()
 
 
-def test_exits_that_are_off_look_on_all_the_same(model: StepSegmenter) -> None:
+def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
     view = look(model, picture(), DENSE)
     assert [seen.after for seen in view.exits] == list(model.exits.after)
     for seen in view.exits:
@@ -90,8 +90,8 @@ def test_exits_that_are_off_look_on_all_the_same(model: StepSegmenter) -> None:
 
 
 @pytest.mark.parametrize("settings", [STEP, DENSE, STEP.without_exits(), STEP.without_merging()])
-def test_the_rows_add_up(model: StepSegmenter, settings: Settings) -> None:
-    view = look(model, picture(), settings)
+def test_the_rows_add_up(model: Segmenter, thresholds: Thresholds) -> None:
+    view = look(model, picture(), thresholds)
     report, use = explain_picture(view), view.result.tokens
     json.dumps(report, allow_nan=False)
     assert sum(row["tokens"] for row in report["sizes"]) == use.start
@@ -107,7 +107,7 @@ def test_the_rows_add_up(model: StepSegmenter, settings: Settings) -> None:
         assert row["halted"] <= (row["above_the_bar"] or 0)
 
 
-def test_live_tokens_fall_only_at_exits(model: StepSegmenter) -> None:
+def test_live_tokens_fall_only_at_exits(model: Segmenter) -> None:
     use = look(model, picture(), STEP).result.tokens
     for block, (before, now) in enumerate(pairwise(use.live), start=1):
         assert now <= before and (now == before or block in use.halted)

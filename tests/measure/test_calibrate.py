@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import labelled_folder
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
@@ -28,12 +28,12 @@ from tokenstep.measure.calibrate import (
 from tokenstep.measure.choices import Search
 from tokenstep.measure.quality import Run
 from tokenstep.measure.quality import measure as measure_runs
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 
-def measure(model: StepSegmenter, folder: LabelledFolder, settings: Settings) -> dict[str, Any]:
+def measure(model: Segmenter, folder: LabelledFolder, thresholds: Thresholds) -> dict[str, Any]:
     """The report of one run."""
-    return measure_runs(model, folder, [Run(settings)])[0]
+    return measure_runs(model, folder, [Run(thresholds)])[0]
 
 
 SEARCH = Search(prices=(0.5, 2.0), bars=(0.35, 0.4), sample=2, confirm=6)
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> LabelledFolder:
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model()
 
 
@@ -64,13 +64,11 @@ def test_nothing_to_score_takes_nothing() -> None:
     assert best_threshold(torch.zeros(0), torch.zeros(0)) == 1.0
 
 
-def test_a_higher_price_merges_at_least_as_much(
-    model: StepSegmenter, folder: LabelledFolder
-) -> None:
+def test_a_higher_price_merges_at_least_as_much(model: Segmenter, folder: LabelledFolder) -> None:
     cheap, dear, boundless = merge_thresholds(model, folder, (0.0, 0.5, 1e9))
     assert all(low >= high for low, high in zip(cheap, dear, strict=True))
-    everything = measure(model, folder, Settings((0.0, 0.0)))["tokens"]["start"]
-    assert measure(model, folder, Settings(boundless))["tokens"]["start"] == everything
+    everything = measure(model, folder, Thresholds((0.0, 0.0)))["tokens"]["start"]
+    assert measure(model, folder, Thresholds(boundless))["tokens"]["start"] == everything
 
 
 def test_every_way_to_halt_meets_every_merging() -> None:
@@ -78,10 +76,10 @@ def test_every_way_to_halt_meets_every_merging() -> None:
     tried = combinations([(0.5,), (0.6,)], 2, search)
     assert len(tried) == len(set(tried)) == 3 * (1 + 2 * 2) - 1
     assert DENSE not in tried
-    for settings in tried:
-        assert len(settings.exits) in (0, 2) and len(settings.merge) in (0, 1)
+    for thresholds in tried:
+        assert len(thresholds.exits) in (0, 2) and len(thresholds.merge) in (0, 1)
     assert combinations([], 0, search) == []
-    halting = [settings for settings in tried if settings.exits]
+    halting = [thresholds for thresholds in tried if thresholds.exits]
     others = other_spares(tried, search)
     assert [(one.merge, one.exits, 0) for one in halting] == [
         (one.merge, one.exits, one.spare) for one in others
@@ -95,10 +93,10 @@ costs = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, ma
 @given(costs)
 def test_nothing_beats_the_front_and_the_front_beats_the_rest(pairs: list[tuple[int, int]]) -> None:
     measured = [
-        (Settings(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
+        (Thresholds(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
         for index, (gmac, miou) in enumerate(pairs)
     ]
-    kept = {settings.spare for settings in front(measured)}
+    kept = {thresholds.spare for thresholds in front(measured)}
     assert kept
     for index, (gmac, miou) in enumerate(pairs):
         better = [(g, m) for g, m in pairs if g <= gmac and m >= miou and (g, m) != (gmac, miou)]
@@ -111,14 +109,14 @@ def test_contenders_are_the_front_first_and_then_what_is_next_to_it(
     pairs: list[tuple[int, int]], most: int
 ) -> None:
     measured = [
-        (Settings(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
+        (Thresholds(spare=index), {"gmac": {"total": gmac}, "miou": miou / 10})
         for index, (gmac, miou) in enumerate(pairs)
     ]
     kept = contenders(measured, most)
     assert len(set(kept)) == len(kept) == min(most, len(pairs))
     first = front(measured)
     assert set(kept) <= set(first) if most <= len(first) else set(first) <= set(kept)
-    for one in set(range(len(pairs))) - {settings.spare for settings in kept}:
+    for one in set(range(len(pairs))) - {thresholds.spare for thresholds in kept}:
         gmac, miou = pairs[one]
         if len(kept) > len(first):
             assert any(pairs[k.spare][0] <= gmac and pairs[k.spare][1] >= miou for k in kept)
@@ -126,15 +124,15 @@ def test_contenders_are_the_front_first_and_then_what_is_next_to_it(
 
 @given(st.integers(1, 30), st.integers(1, 12))
 def test_a_thinned_front_keeps_its_ends_and_order(length: int, most: int) -> None:
-    settings = [Settings(spare=index) for index in range(length)]
-    thin = spread(settings, most)
-    assert len(thin) == min(length, most) and thin[0] == settings[0]
-    assert most == 1 or thin[-1] == settings[-1]
+    thresholds = [Thresholds(spare=index) for index in range(length)]
+    thin = spread(thresholds, most)
+    assert len(thin) == min(length, most) and thin[0] == thresholds[0]
+    assert most == 1 or thin[-1] == thresholds[-1]
     assert [one.spare for one in thin] == sorted({one.spare for one in thin})
 
 
 def test_points_are_what_measuring_them_gives(
-    model: StepSegmenter, folder: LabelledFolder, tmp_path: Path
+    model: Segmenter, folder: LabelledFolder, tmp_path: Path
 ) -> None:
     report = calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
     json.dumps(report, allow_nan=False)
@@ -144,14 +142,14 @@ def test_points_are_what_measuring_them_gives(
     assert [point.gmac for point in points] == sorted(point.gmac for point in points)
     assert [point.miou for point in points] == sorted(point.miou for point in points)
     for point in points:
-        again = measure(model, folder, point.settings)
+        again = measure(model, folder, point.thresholds)
         assert point.miou == pytest.approx(again["miou"], abs=1e-5)
         assert point.gmac == pytest.approx(again["gmac"]["total"], abs=1e-4)
         best = max(dense["miou"], points[-1].miou)
         assert point.loss == pytest.approx(100 * (best - again["miou"]), abs=2e-3)
         assert (point.split, point.images) == ("test", 4)
     own = model.config.point_within(0.5)
-    assert model.config.settings == (DENSE if own is None else own.settings)
+    assert model.config.thresholds == (DENSE if own is None else own.thresholds)
 
     model.save_pretrained(tmp_path / "saved")
     assert load(tmp_path / "saved").config == model.config
@@ -198,7 +196,7 @@ def test_another_models_notes_are_not_used(
 
 
 def test_a_file_that_is_no_diary_is_refused(
-    model: StepSegmenter, folder: LabelledFolder, tmp_path: Path
+    model: Segmenter, folder: LabelledFolder, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.json").write_text("[]")
     with pytest.raises(TokenstepError, match=r"notes\.json"):
@@ -214,4 +212,4 @@ def test_a_model_without_exits_gets_points_of_merging(
     model = tiny_model(exits=())
     report = calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
     assert report["exits"] == {} and model.config.points
-    assert all(not point.settings.exits for point in model.config.points)
+    assert all(not point.thresholds.exits for point in model.config.points)

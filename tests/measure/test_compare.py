@@ -9,14 +9,14 @@ from conftest import CLASSES, TinyModel
 from PIL import Image
 from samples import labelled_folder
 
-from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.compare import KINDS, compare, figure, kind_of, markdown, oracle_tolerance
 from tokenstep.measure.quality import Run, measure
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
-SETTINGS = Settings(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
+SETTINGS = Thresholds(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def folder(tmp_path: Path) -> LabelledFolder:
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model()
-    point = OperatingPoint(Settings(merge=(0.9, 0.9)), 0.5, 0.25, 1.0, 9.0, 0.0, "val", 3)
+    point = OperatingPoint(Thresholds(merge=(0.9, 0.9)), 0.5, 0.25, 1.0, 9.0, 0.0, "val", 3)
     model.config = replace(model.config, points=(point,))
     return model
 
 
 def test_each_row_is_what_measuring_it_alone_gives(
-    model: StepSegmenter, folder: LabelledFolder, tiny_model: TinyModel
+    model: Segmenter, folder: LabelledFolder, tiny_model: TinyModel
 ) -> None:
     rows = compare(model, folder, SETTINGS, others=[("twin", tiny_model())])
     json.dumps(rows, allow_nan=False)
@@ -46,7 +46,7 @@ def test_each_row_is_what_measuring_it_alone_gives(
         "learned partition (merging alone)": Run(SETTINGS.without_exits()),
         "exits alone": Run(SETTINGS.without_merging()),
         "STEP": Run(SETTINGS),
-        "STEP, 0.25 points below the best on val": Run(model.config.points[0].settings),
+        "STEP, 0.25 points below the best on val": Run(model.config.points[0].thresholds),
     }
     for name, run in runs.items():
         (alone,) = measure(model, folder, [run])
@@ -60,7 +60,7 @@ def test_each_row_is_what_measuring_it_alone_gives(
     assert twin["miou"] == by_name["dense"]["miou"] and twin["compute_ratio"] == 1
 
 
-def test_a_half_that_is_off_has_no_row(model: StepSegmenter, folder: LabelledFolder) -> None:
+def test_a_half_that_is_off_has_no_row(model: Segmenter, folder: LabelledFolder) -> None:
     names = {row["method"] for row in compare(model, folder, SETTINGS.without_merging())}
     assert not any("partition" in name for name in names) and "exits alone" in names
     assert "exits alone" not in {row["method"] for row in compare(model, folder, DENSE)}
@@ -68,9 +68,9 @@ def test_a_half_that_is_off_has_no_row(model: StepSegmenter, folder: LabelledFol
 
 @pytest.mark.parametrize("bar", [0.0, 0.5, 0.9999])
 def test_the_oracle_comes_to_the_policys_tokens(
-    model: StepSegmenter, folder: LabelledFolder, bar: float
+    model: Segmenter, folder: LabelledFolder, bar: float
 ) -> None:
-    alone = Settings(merge=(bar, bar))
+    alone = Thresholds(merge=(bar, bar))
     tolerance = oracle_tolerance(model, folder, alone, rounds=20)
     learned, oracle = measure(model, folder, [Run(alone), Run(alone, "oracle", tolerance)])
     assert oracle["tokens"]["start"] <= learned["tokens"]["start"] or tolerance == 0.5
@@ -80,7 +80,7 @@ def test_the_oracle_comes_to_the_policys_tokens(
 
 
 def test_a_scaled_picture_is_held_against_its_full_labels(
-    model: StepSegmenter, folder: LabelledFolder
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
     full, half = measure(model, folder, [Run(), Run(scale=0.5)])
     assert half["tokens"]["grid"] < 0.4 * full["tokens"]["grid"]
@@ -90,7 +90,7 @@ def test_a_scaled_picture_is_held_against_its_full_labels(
 
 
 def test_the_table_and_the_figure_hold_every_row(
-    model: StepSegmenter, folder: LabelledFolder, tmp_path: Path
+    model: Segmenter, folder: LabelledFolder, tmp_path: Path
 ) -> None:
     rows = compare(model, folder, SETTINGS)
     lines = markdown(rows).splitlines()

@@ -10,7 +10,7 @@ from PIL import Image
 from samples import labelled_folder, told
 from torch import Tensor
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition as superpatches
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.choices import PARTITIONS, Partition
@@ -19,11 +19,11 @@ from tokenstep.measure.metrics import Tally
 from tokenstep.measure.quality import Run
 from tokenstep.model.network import Lap, Sights
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
-from tokenstep.policies.dcts import Sight
+from tokenstep.model.segmenter import Segmenter
+from tokenstep.policies.dcts import PolicyFeatures
 
 SIZES = [(40, 56), (64, 32), (17, 90)]
-MERGED = Settings(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
+MERGED = Thresholds(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def folder(tmp_path: Path) -> LabelledFolder:
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model()
 
 
 def levels_of(
-    model: StepSegmenter,
+    model: Segmenter,
     folder: LabelledFolder,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
@@ -50,13 +50,15 @@ def levels_of(
         normal: list[Tensor],
         level: Tensor,
         *,
-        settings: Settings,
+        thresholds: Thresholds,
         sights: Sights,
         reducers: tuple[()],
         lap: Lap,
     ) -> object:
         seen.append(level)
-        return whole(normal, level, settings=settings, sights=sights, reducers=reducers, lap=lap)
+        return whole(
+            normal, level, thresholds=thresholds, sights=sights, reducers=reducers, lap=lap
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode", encode)
@@ -64,9 +66,7 @@ def levels_of(
     return seen
 
 
-def test_the_report_is_complete_and_plain_json(
-    model: StepSegmenter, folder: LabelledFolder
-) -> None:
+def test_the_report_is_complete_and_plain_json(model: Segmenter, folder: LabelledFolder) -> None:
     seen: list[None] = []
     run = Run(MERGED, tolerance=0.1)
     found = evaluate(model, folder, run, on_picture=lambda: seen.append(None))
@@ -97,12 +97,12 @@ def test_the_report_is_complete_and_plain_json(
         )
 
 
-def test_scores_come_from_one_summed_count(model: StepSegmenter, folder: LabelledFolder) -> None:
+def test_scores_come_from_one_summed_count(model: Segmenter, folder: LabelledFolder) -> None:
     found = evaluate(model, folder, Run(MERGED))
-    for half, settings in (("dense", DENSE), ("reduced", MERGED)):
+    for half, thresholds in (("dense", DENSE), ("reduced", MERGED)):
         tally, starts, costs = Tally(len(CLASSES)), [], []
         for image, label in folder:
-            result = model.segment(image, settings=settings)
+            result = model.segment(image, thresholds=thresholds)
             assert isinstance(result, Result)
             tally.add(torch.from_numpy(result.labels), label)
             starts.append(result.tokens.start)
@@ -116,7 +116,7 @@ def test_scores_come_from_one_summed_count(model: StepSegmenter, folder: Labelle
 
 
 def test_the_dense_half_spends_nothing_on_policy_and_exits(
-    model: StepSegmenter, folder: LabelledFolder
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
     found = evaluate(model, folder, Run(MERGED))
     dense, reduced = found["dense"], found["reduced"]
@@ -129,7 +129,7 @@ def test_the_dense_half_spends_nothing_on_policy_and_exits(
     assert "dense" not in evaluate(model, folder, Run(DENSE), dense=False)
 
 
-def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: StepSegmenter) -> None:
+def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: Segmenter) -> None:
     with torch.no_grad():  # the model says "road" everywhere
         model.decoder.linear.bias.view(-1, len(CLASSES))[:, 0] = 1e4
     root = labelled_folder(tmp_path / "set", CLASSES, [(8, 16)])
@@ -140,7 +140,7 @@ def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: StepSegment
 
 
 def test_oracle_takes_what_is_pure_by_the_labels(
-    model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
     for tolerance in (0.0, 0.3, 1.0):
@@ -155,16 +155,16 @@ def test_oracle_takes_what_is_pure_by_the_labels(
 
 
 def test_uniform_merges_nothing(
-    model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for level in levels_of(model, folder, Run(MERGED, "uniform"), monkeypatch):
         assert not level.any()
 
 
 def test_random_keeps_the_policys_counts_and_moves_the_places(
-    model: StepSegmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, folder: LabelledFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def top_left(sight: Sight) -> list[Tensor]:
+    def top_left(sight: PolicyFeatures) -> list[Tensor]:
         """Scores that take one superpatch of each size, side by side."""
         grid = sight.grid
         scores = [torch.zeros(1, grid[0] // size, grid[1] // size) for size in (2, 4)]
@@ -187,14 +187,14 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_only_the_policy_is_charged_for(
-    model: StepSegmenter, folder: LabelledFolder, partition: Partition
+    model: Segmenter, folder: LabelledFolder, partition: Partition
 ) -> None:
     gmac = evaluate(model, folder, Run(MERGED, partition))["reduced"]["gmac"]
     assert (gmac["policy"] > 0) == (partition == "policy")
     assert gmac["total"] > gmac["policy"]
 
 
-def test_other_classes_are_refused(tmp_path: Path, model: StepSegmenter) -> None:
+def test_other_classes_are_refused(tmp_path: Path, model: Segmenter) -> None:
     root = labelled_folder(tmp_path / "set", ("road", "tree", "water"), SIZES)
     data = LabelledFolder(root, "test")
     message = told(root, lambda _: evaluate(model, data, Run(MERGED)))
@@ -203,7 +203,7 @@ def test_other_classes_are_refused(tmp_path: Path, model: StepSegmenter) -> None
 
 @pytest.mark.gpu
 def test_partitions_follow_the_model_to_its_device(
-    model: StepSegmenter, folder: LabelledFolder
+    model: Segmenter, folder: LabelledFolder
 ) -> None:
     for partition in PARTITIONS:
         run = Run(MERGED, partition)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import labelled_folder
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.reliability import exit_logits, fit_exits, fit_temperature, reliability
 
@@ -43,11 +43,11 @@ def test_the_gap_is_within_bounds(count: int, scale: float) -> None:
 def test_every_valid_sub_cell_is_seen_once_per_exit(tiny_model: TinyModel, tmp_path) -> None:
     model = tiny_model(cells=2)
     folder = LabelledFolder(labelled_folder(tmp_path, CLASSES, [(32, 48), (24, 24)]), "test")
-    logits, labels = exit_logits(model, folder, Settings())
+    logits, labels = exit_logits(model, folder, Thresholds())
     assert len(logits) == len(model.exits.after)
     valid = sum(int((label[2::4, 2::4] != 255).sum()) for _, label in folder)
     assert len(labels) == valid and all(len(found) == valid for found in logits)
-    few, fewer = exit_logits(model, folder, Settings(), most=10)
+    few, fewer = exit_logits(model, folder, Thresholds(), most=10)
     assert len(fewer) == 10 and all(len(found) == 10 for found in few)
 
 

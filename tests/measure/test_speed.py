@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from tokenstep.cli import main
 from tokenstep.cli.tables import benched
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.cases import Case, fit, fitting, is_noise
 from tokenstep.measure.speed import SCOPES, Spent, bench, exponent, growth, settle, with_backbone
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model()
 
 
@@ -39,9 +39,9 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def test_each_row_is_related_to_the_dense_row_of_its_scope(
-    model: StepSegmenter, photos: list[Path]
+    model: Segmenter, photos: list[Path]
 ) -> None:
-    def rival(model: StepSegmenter, size: tuple[int, int], batch: int) -> object:
+    def rival(model: Segmenter, size: tuple[int, int], batch: int) -> object:
         def run(images: Tensor) -> Tensor:
             assert images.shape == (batch, 3, *size) and images.dtype == torch.float32
             assert not torch.equal(images[0], images[1]), "a batch holds different pictures"
@@ -49,12 +49,12 @@ def test_each_row_is_related_to_the_dense_row_of_its_scope(
 
         return run
 
-    settings = Settings((0.0, 0.0), (0.0, 0.0))
+    thresholds = Thresholds((0.0, 0.0), (0.0, 0.0))
     rows = bench(
         model,
         photos,
         Case((48, 64), 2),
-        settings,
+        thresholds,
         rivals={"other": rival},
         seconds=0.0,  # type: ignore[dict-item]
     )
@@ -70,7 +70,7 @@ def test_each_row_is_related_to_the_dense_row_of_its_scope(
         assert step["gmac"] < dense["gmac"] and half["gmac"] < dense["gmac"]
         assert step["compute_ratio"] == pytest.approx(dense["gmac"] / step["gmac"])
         assert other["gmac"] is None and other["compute_ratio"] is None
-    expected = model.segment_batch([fit_of(photos[0])], settings=DENSE)[0].cost.total
+    expected = model.segment_batch([fit_of(photos[0])], thresholds=DENSE)[0].cost.total
     assert rows[0]["gmac"] == pytest.approx(expected)
     assert rows[0]["gmac"] == pytest.approx(sum(rows[0]["gmac_of"].values()))
     assert rows[0]["stages"]["read"] < rows[4]["stages"]["read"], "files take longer than memory"
@@ -143,7 +143,7 @@ def test_growth_is_the_power_of_the_pixels() -> None:
     assert growth(rows[:2]) == [], "two points fit any power"
 
 
-def test_a_backbone_takes_the_policy_along(model: StepSegmenter) -> None:
+def test_a_backbone_takes_the_policy_along(model: Segmenter) -> None:
     with pytest.raises(TokenstepError, match="vit_tiny_patch16_224: has patches of 16 px"):
         with_backbone(model, "vit_tiny_patch16_224")
     with pytest.raises(TokenstepError, match="no_such_vit"):
@@ -152,7 +152,7 @@ def test_a_backbone_takes_the_policy_along(model: StepSegmenter) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_command_writes_what_it_prints(
-    model: StepSegmenter, photos: list[Path], tmp_path: Path, precision: str
+    model: Segmenter, photos: list[Path], tmp_path: Path, precision: str
 ) -> None:
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "bench.json"

@@ -7,17 +7,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenstep.config import DENSE, PolicyConfig, Settings
+from tokenstep.config import DENSE, PolicyConfig, Thresholds
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.model import cost
 from tokenstep.model.cost import Cost
 from tokenstep.model.positions import resampled
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.growth import count_macs
 
-REDUCED = Settings(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
+REDUCED = Thresholds(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
 VARIANTS = (
     {},
     {"cells": 2},
@@ -33,7 +33,7 @@ VARIANTS = (
 )
 
 
-def counted(model: StepSegmenter, images: list[torch.Tensor], settings: Settings) -> float:
+def counted(model: Segmenter, images: list[torch.Tensor], thresholds: Thresholds) -> float:
     """GMAC of a forward pass by torch's counter.
 
     Attention runs on the back end of plain matrix products: for the fused ones on a CPU not every
@@ -44,11 +44,11 @@ def counted(model: StepSegmenter, images: list[torch.Tensor], settings: Settings
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        model(images, settings=settings)
+        model(images, thresholds=thresholds)
     return counter.get_total_flops() / 2e9 - interpolated(model, images)
 
 
-def interpolated(model: StepSegmenter, images: list[torch.Tensor]) -> float:
+def interpolated(model: Segmenter, images: list[torch.Tensor]) -> float:
     """GMAC of scaling the positions: interpolation is not counted, though it runs as products."""
     maps = model.tokenise.position_maps()
     assert maps is not None
@@ -58,8 +58,8 @@ def interpolated(model: StepSegmenter, images: list[torch.Tensor]) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def used(model: StepSegmenter, image: torch.Tensor, settings: Settings) -> Result:
-    result = model.segment(image, settings=settings)
+def used(model: Segmenter, image: torch.Tensor, thresholds: Thresholds) -> Result:
+    result = model.segment(image, thresholds=thresholds)
     assert isinstance(result, Result)
     return result
 
@@ -84,17 +84,17 @@ def test_reduced_cost_is_what_torch_counts(
 ) -> None:
     model, image = tiny_model(**changes), torch.rand(3, 64, 96)
     exits = REDUCED.exits[: len(model.config.vit.exits)]
-    settings = Settings(REDUCED.merge, exits, REDUCED.spare)
-    result = used(model, image, settings)
+    thresholds = Thresholds(REDUCED.merge, exits, REDUCED.spare)
+    result = used(model, image, thresholds)
     assert result.tokens.end < result.tokens.start < result.tokens.grid, "both must have worked"
-    assert result.cost.total == pytest.approx(counted(model, [image], settings), rel=1e-9)
+    assert result.cost.total == pytest.approx(counted(model, [image], thresholds), rel=1e-9)
     assert min(result.cost.policy, result.cost.exits) > 0
 
 
 def test_a_batch_costs_what_its_pictures_cost(tiny_model: TinyModel) -> None:
     model = tiny_model()
     images = [torch.rand(3, 64, 96), torch.rand(3, 30, 41)]
-    costs = [result.cost for result in model.segment_batch(images, settings=REDUCED)]
+    costs = [result.cost for result in model.segment_batch(images, thresholds=REDUCED)]
     assert costs == [used(model, image, REDUCED).cost for image in images]
     total = sum(cost.total for cost in costs)
     assert total == pytest.approx(counted(model, images, REDUCED), rel=1e-9)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenstep.core.unmerge import sub_cell_index
 from tokenstep.model import decode
 from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
-from tokenstep.model.encoder import EncoderSettings
+from tokenstep.model.encoder import BlockSettings
 from tokenstep.model.supertokens import owners
 
 
@@ -164,7 +164,7 @@ def test_halted_logits_are_read_as_if_they_stood_behind_the_live_ones() -> None:
 
 def mask_decoder(side: int = 1) -> MaskDecoder:
     torch.manual_seed(1)
-    decoder = MaskDecoder(24, 3, side, heads=2, settings=EncoderSettings(size_bias=True))
+    decoder = MaskDecoder(24, 3, side, heads=2, settings=BlockSettings(size_bias=True))
     scramble(decoder)
     return decoder.eval()
 

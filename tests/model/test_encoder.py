@@ -17,7 +17,7 @@ from tokenstep.core import partition
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.timm_vit import build_vit
-from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported, run_block
+from tokenstep.model.encoder import BlockSettings, Encoder, require_supported, run_block
 from tokenstep.model.supertokens import LinearEmbed, Tokeniser
 from tokenstep.reducers.base import Halt, Merge
 
@@ -63,7 +63,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def packed_features(vit: nn.Module, images: Tensor, settings: EncoderSettings) -> Tensor:
+def packed_features(vit: nn.Module, images: Tensor, settings: BlockSettings) -> Tensor:
     tokenise = Tokeniser(vit, LinearEmbed(vit.patch_embed), sub_patches=False).eval()
     pictures = list(images)
     level = partition.uniform(
@@ -85,7 +85,7 @@ def test_it_equals_the_timm_model(name: str) -> None:
         expected = vit.forward_features(images)
         for backend in ("loop", "padded"):
             # A size bias of unmerged tokens is log 1 = 0.
-            settings = EncoderSettings(backend=backend, size_bias=backend == "loop")
+            settings = BlockSettings(backend=backend, size_bias=backend == "loop")
             got = packed_features(vit, images, settings)
             assert got.shape == expected.shape
             assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
@@ -136,10 +136,10 @@ def test_overrides_reach_the_backbone() -> None:
     assert len(vit.pos_embed[0, -15:].unique(dim=0)) == 15
 
 
-PLAIN = EncoderSettings()
+PLAIN = BlockSettings()
 
 
-def encoder(settings: EncoderSettings = PLAIN, **changes: object) -> Encoder:
+def encoder(settings: BlockSettings = PLAIN, **changes: object) -> Encoder:
     torch.manual_seed(4)
     vit = small(**{"depth": 3, **changes})
     scramble(vit)
@@ -157,7 +157,7 @@ def test_stochastic_depth_is_drawn_per_picture() -> None:
     block = encoder(drop_path_rate=0.5).train().blocks[2]
     tokens = grid_tokens([(1, 2)] * 40, dim=48, prefix=0)
     tokens = tokens.with_features(torch.ones_like(tokens.x) * torch.linspace(-1, 1, 48))
-    out = run_block(block, tokens, Segments.of(tokens.offsets), EncoderSettings())
+    out = run_block(block, tokens, Segments.of(tokens.offsets), BlockSettings())
     pictures = out.unflatten(0, (40, 2))
     # All rows are equal, so what differs can only be the draw.
     assert torch.allclose(pictures[:, 0], pictures[:, 1], atol=1e-5)
@@ -175,7 +175,7 @@ def test_stochastic_depth_keeps_the_mean_and_rests_in_eval() -> None:
 def test_checkpointing_gives_the_same_gradients(drop: float) -> None:
     gradients = []
     for checkpointing in (False, True):
-        settings = EncoderSettings(checkpointing=checkpointing)
+        settings = BlockSettings(checkpointing=checkpointing)
         encode = encoder(settings, drop_path_rate=drop).train()
         x, out = run(encode, [(2, 3), (1, 2)])
         weights = [weight for weight in encode.parameters() if weight.requires_grad]
@@ -196,7 +196,7 @@ def test_checkpointing_keeps_fewer_tensors() -> None:
             count[0] += tensor.numel()
             return tensor
 
-        encode = encoder(EncoderSettings(checkpointing=checkpointing))
+        encode = encoder(BlockSettings(checkpointing=checkpointing))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run(encode, [(3, 3)])
         kept.append(count[0])
@@ -237,7 +237,7 @@ def test_a_sequence_may_run_empty() -> None:
         return Halt(torch.ones(len(tokens.x), dtype=torch.bool), tokens.x.unsqueeze(1))
 
     for backend in ("loop", "padded"):
-        encode = encoder(EncoderSettings(backend=backend, size_bias=True)).eval()
+        encode = encoder(BlockSettings(backend=backend, size_bias=True)).eval()
         one = grid_tokens([(2, 2), (1, 1)], dim=48, prefix=0)
         tokens, live = encode(one, [Scripted(decide)])
         assert live == [(4, 1), (0, 0), (0, 0)]
@@ -250,7 +250,7 @@ def test_one_picture_may_run_empty_without_harm_to_the_others() -> None:
         return Halt(done, tokens.x[done].unsqueeze(1))
 
     for backend in ("loop", "padded"):
-        encode = encoder(EncoderSettings(backend=backend)).eval()
+        encode = encoder(BlockSettings(backend=backend)).eval()
         both = grid_tokens([(2, 2), (2, 3)], dim=48, prefix=0)
         x = both.x.requires_grad_()
         tokens, _ = encode(both, [Scripted(first)])

@@ -7,18 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import random_partition, scramble
 
-from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Settings
+from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.model import network
-from tokenstep.model.network import StepNetwork
+from tokenstep.model.network import Segmenter
 from tokenstep.reducers.exits import DeepSupervision
 
-STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
+STEP = Thresholds(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
 SIZES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "policy_features"])
-def model(tiny_model: TinyModel, request: pytest.FixtureRequest) -> StepNetwork:
+def model(tiny_model: TinyModel, request: pytest.FixtureRequest) -> Segmenter:
     model = tiny_model(cells=2, policy_features=request.param)
     scramble(model)
     return model
@@ -27,16 +27,16 @@ def model(tiny_model: TinyModel, request: pytest.FixtureRequest) -> StepNetwork:
 @settings(max_examples=10)
 @given(SIZES)
 def test_label_maps_have_the_pictures_sizes_and_do_not_depend_on_the_batch(
-    model: StepNetwork, sizes: list[tuple[int, int]]
+    model: Segmenter, sizes: list[tuple[int, int]]
 ) -> None:
     pictures = [torch.rand(3, *size) for size in sizes]
     with torch.no_grad():
-        together = model.label_maps(model(pictures, settings=STEP))
+        together = model.label_maps(model(pictures, thresholds=STEP))
         for picture, labels in zip(pictures, together, strict=True):
             assert labels.shape == picture.shape[1:]
             assert labels.dtype == torch.uint8
             assert labels.max() < 3
-            (alone,) = model.label_maps(model([picture], settings=STEP))
+            (alone,) = model.label_maps(model([picture], thresholds=STEP))
             # a pixel may flip where two classes are equal to rounding
             assert (labels != alone).float().mean() < 0.005
 
@@ -50,18 +50,18 @@ def test_pictures_of_any_size(
     model = tiny_model(stem=stem, decoder=decoder)
     with torch.no_grad():
         for used in (DENSE, STEP):
-            (labels,) = model.label_maps(model([torch.rand(3, *size)], settings=used))
+            (labels,) = model.label_maps(model([torch.rand(3, *size)], thresholds=used))
             assert labels.shape == size
 
 
-def test_a_tensor_and_a_list_are_the_same(model: StepNetwork) -> None:
+def test_a_tensor_and_a_list_are_the_same(model: Segmenter) -> None:
     images = torch.rand(2, 3, 24, 40)
     with torch.no_grad():
-        one, other = model(images, settings=STEP), model(list(images), settings=STEP)
+        one, other = model(images, thresholds=STEP), model(list(images), thresholds=STEP)
     assert torch.equal(one.logits, other.logits)
 
 
-def test_bytes_and_floats_are_the_same_and_stay_as_they_are(model: StepNetwork) -> None:
+def test_bytes_and_floats_are_the_same_and_stay_as_they_are(model: Segmenter) -> None:
     pixels = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
     floats = pixels / 255
     given = floats.clone()
@@ -72,7 +72,7 @@ def test_bytes_and_floats_are_the_same_and_stay_as_they_are(model: StepNetwork) 
 
 
 def test_pictures_that_the_policy_sees_in_turns_are_seen_alike(
-    model: StepNetwork, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = [*torch.rand(5, 3, 24, 40), torch.rand(3, 33, 20)]
     looks: list[int] = []
@@ -81,9 +81,9 @@ def test_pictures_that_the_policy_sees_in_turns_are_seen_alike(
         model.policy, "look", lambda images: looks.append(len(images)) or look(images)
     )
     with torch.no_grad():
-        together = model(pictures, settings=STEP)
+        together = model(pictures, thresholds=STEP)
         monkeypatch.setattr(network, "CPU_PIXELS", 2 * 24 * 40)
-        in_turns = model(pictures, settings=STEP)
+        in_turns = model(pictures, thresholds=STEP)
     assert looks == [5, 1, 2, 2, 1, 1]
     assert torch.equal(together.level, in_turns.level)
     assert torch.allclose(together.logits, in_turns.logits, atol=1e-4)
@@ -95,25 +95,25 @@ def test_its_own_settings_are_the_default(
     model = tiny_model()
     images = torch.rand(1, 3, 24, 40)
     with torch.no_grad():
-        assert torch.equal(model(images).logits, model(images, settings=DENSE).logits)
+        assert torch.equal(model(images).logits, model(images, thresholds=DENSE).logits)
 
 
-def test_a_given_partition_replaces_the_policy(model: StepNetwork) -> None:
+def test_a_given_partition_replaces_the_policy(model: Segmenter) -> None:
     level = random_partition([(4, 5)])
     with torch.no_grad():
-        out = model(torch.rand(1, 3, 32, 40), settings=STEP, level=level)
+        out = model(torch.rand(1, 3, 32, 40), thresholds=STEP, level=level)
     assert torch.equal(out.level, level)
 
 
-def test_a_partition_of_another_grid_is_refused(model: StepNetwork) -> None:
+def test_a_partition_of_another_grid_is_refused(model: Segmenter) -> None:
     with pytest.raises(ValueError, match="partition"):
         model(torch.rand(1, 3, 32, 40), level=random_partition([(5, 4)]))
 
 
-def test_reducers_see_the_tokens_before_the_exits_halt_them(model: StepNetwork) -> None:
+def test_reducers_see_the_tokens_before_the_exits_halt_them(model: Segmenter) -> None:
     watch = DeepSupervision(model.exits)
     with torch.no_grad():
-        out = model(torch.rand(1, 3, 32, 40), settings=STEP, reducers=[watch])
+        out = model(torch.rand(1, 3, 32, 40), thresholds=STEP, reducers=[watch])
     assert [len(tokens.x) for tokens, _ in watch.seen] == [out.live[0][0], out.live[1][0]]
     assert out.live[2][0] < out.live[0][0]
 
@@ -125,18 +125,18 @@ def test_the_policy_stays_in_eval_mode(tiny_model: TinyModel) -> None:
     assert model.encoder.training
     assert not any(part.training for part in model.policy.modules())
     before = {key: value.clone() for key, value in model.policy.state_dict().items()}
-    model(torch.rand(2, 3, 40, 40), settings=STEP)
+    model(torch.rand(2, 3, 40, 40), thresholds=STEP)
     assert all(torch.equal(before[key], value) for key, value in model.policy.state_dict().items())
 
 
 def test_the_back_end_is_chosen_for_the_decoder_too(tiny_model: TinyModel) -> None:
     model = tiny_model(decoder="mask", size_bias=True)
     pictures = [torch.rand(3, 40, 48), torch.rand(3, 16, 24)]
-    expected = model(pictures, settings=STEP).logits
+    expected = model(pictures, thresholds=STEP).logits
     model.use(backend="padded", checkpointing=True)
     assert model.encoder.settings == model.decoder.settings
     assert model.encoder.settings.backend == "padded" and model.encoder.settings.size_bias
-    assert torch.allclose(model(pictures, settings=STEP).logits, expected, atol=1e-4)
+    assert torch.allclose(model(pictures, thresholds=STEP).logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["encoder", "exits", "decoder", "tokenise"])
@@ -144,9 +144,9 @@ def test_nan_weights_are_an_error_and_no_label_map(tiny_model: TinyModel, part: 
     model = tiny_model()
     next(iter(getattr(model, part).parameters())).data.fill_(float("nan"))
     # thresholds of 0: every token halts, so that the exits' logits are what counts
-    used = Settings(exits=(0.0, 0.0), spare=0) if part == "exits" else DENSE
+    used = Thresholds(exits=(0.0, 0.0), spare=0) if part == "exits" else DENSE
     with torch.no_grad(), pytest.raises(TokenstepError, match="NaN") as caught:
-        model.label_maps(model(torch.rand(1, 3, 24, 24), settings=used))
+        model.label_maps(model(torch.rand(1, 3, 24, 24), thresholds=used))
     assert "\n" not in str(caught.value)
 
 
@@ -154,7 +154,7 @@ def test_a_nan_policy_is_an_error_and_no_dense_run(tiny_model: TinyModel) -> Non
     model = tiny_model()
     model.policy.heads[0].weight.data.fill_(float("nan"))
     with torch.no_grad(), pytest.raises(TokenstepError, match="policy"):
-        model(torch.rand(1, 3, 40, 40), settings=STEP)
+        model(torch.rand(1, 3, 40, 40), thresholds=STEP)
 
 
 @pytest.mark.parametrize("exits", [(0,), (3,), (2, 1), (1, 1), (-1,)])
@@ -162,15 +162,15 @@ def test_exits_must_lie_between_the_blocks(
     tiny_config: Callable[..., ModelConfig], exits: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="exits"):
-        StepNetwork(tiny_config(exits=exits))
+        Segmenter.build(tiny_config(exits=exits))
 
 
-def test_thresholds_must_fit_the_model(model: StepNetwork) -> None:
+def test_thresholds_must_fit_the_model(model: Segmenter) -> None:
     image = torch.rand(1, 3, 24, 24)
     with pytest.raises(ValueError, match="sizes"):
-        model(image, settings=Settings(merge=(0.5,)))
+        model(image, thresholds=Thresholds(merge=(0.5,)))
     with pytest.raises(ValueError, match="exit"):
-        model(image, settings=Settings(exits=(0.5,)))
+        model(image, thresholds=Thresholds(exits=(0.5,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -181,7 +181,7 @@ def test_half_precision_weights_run(
 ) -> None:
     model = tiny_model(stem=stem, decoder=decoder, sub_patches=True, size_bias=True).to(dtype)
     with torch.no_grad():
-        out = model([torch.rand(3, 40, 40), torch.rand(3, 9, 50)], settings=STEP)
+        out = model([torch.rand(3, 40, 40), torch.rand(3, 9, 50)], thresholds=STEP)
         assert out.logits.dtype == dtype
         assert len(model.label_maps(out)) == 2
 
@@ -191,18 +191,18 @@ def test_half_precision_weights_run(
 def test_autocast_runs_forward_and_backward(tiny_model: TinyModel, stem: str, decoder: str) -> None:
     model = tiny_model(stem=stem, decoder=decoder, sub_patches=True, size_bias=True).train()
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(torch.rand(2, 3, 40, 40), settings=STEP)
+        out = model(torch.rand(2, 3, 40, 40), thresholds=STEP)
     out.logits.float().square().sum().backward()
     assert model.tokenise.pos_embed.grad.isfinite().all()
 
 
-def test_back_ends_agree_in_the_whole_model(model: StepNetwork) -> None:
+def test_back_ends_agree_in_the_whole_model(model: Segmenter) -> None:
     pictures = [torch.rand(3, 40, 40), torch.rand(3, 9, 50)]
     outs = []
     for backend in ("loop", "padded"):
         model.use(backend=backend)
         with torch.no_grad():
-            outs.append(model(pictures, settings=STEP).logits)
+            outs.append(model(pictures, thresholds=STEP).logits)
     model.use()
     assert torch.allclose(*outs, atol=1e-4)
 
@@ -216,15 +216,15 @@ def test_cuda_agrees_with_the_cpu(tiny_model: TinyModel, dtype: torch.dtype, dec
     pictures = [torch.rand(3, 140, 90), torch.rand(3, 30, 200)]
     with torch.no_grad():
         level = model.partition(model.normalise(pictures), STEP)
-        expected = model(pictures, settings=DENSE, level=level)
+        expected = model(pictures, thresholds=DENSE, level=level)
         cuda = model.to("cuda", dtype)
-        got = cuda([picture.cuda() for picture in pictures], settings=DENSE, level=level.cuda())
+        got = cuda([picture.cuda() for picture in pictures], thresholds=DENSE, level=level.cuda())
         scale = float(expected.logits.abs().max())
         tolerance = 1e-3 if dtype == torch.float32 else 5e-2
         error = (got.logits.float().cpu() - expected.logits).abs().mean()
         assert error < tolerance * scale
         for used in (DENSE, STEP):
-            maps = cuda.label_maps(cuda([p.cuda() for p in pictures], settings=used))
+            maps = cuda.label_maps(cuda([p.cuda() for p in pictures], thresholds=used))
             assert [one.shape for one in maps] == [(140, 90), (30, 200)]
 
 
@@ -233,7 +233,7 @@ def test_training_on_cuda_reaches_every_live_weight(tiny_model: TinyModel) -> No
     model = tiny_model(policy=PolicyConfig("test_efficientnet", stages=(1, 2), sizes=(2, 4)))
     model = model.cuda().train()
     with torch.autocast("cuda", torch.bfloat16):
-        out = model(torch.rand(2, 3, 64, 80, device="cuda"), settings=STEP)
+        out = model(torch.rand(2, 3, 64, 80, device="cuda"), thresholds=STEP)
     out.logits.float().square().sum().backward()
     for part in (model.tokenise, model.encoder, model.decoder):
         assert not [name for name, weight in part.named_parameters() if weight.grad is None]
@@ -244,9 +244,9 @@ def test_a_picture_has_its_own_policy_features_in_any_batch(tiny_model: TinyMode
     sizes = [(40, 56), (56, 40), (37, 56), (40, 56), (33, 50), (56, 40)]  # three of one grid
     pictures = [torch.rand(3, *size) for size in sizes]
     with torch.no_grad():
-        together = model(pictures, settings=STEP).tokens
+        together = model(pictures, thresholds=STEP).tokens
         for index, picture in enumerate(pictures):
-            alone = model([picture], settings=STEP).tokens
+            alone = model([picture], thresholds=STEP).tokens
             assert alone.offsets[1] == together.offsets.diff()[index]
             rows = slice(together.offsets[index], together.offsets[index + 1])
             assert torch.allclose(together.x[rows], alone.x, atol=1e-5)
@@ -267,7 +267,7 @@ def test_policy_features_reach_every_token_and_leave_the_policy_alone(
     changed = (tokens.x != other.x).any(dim=1)
     assert torch.equal(changed, ~tokens.is_prefix)
 
-    model.encode(normal, level, settings=DENSE).logits.sum().backward()
+    model.encode(normal, level, thresholds=DENSE).logits.sum().backward()
     assert all(weight.grad is not None for weight in model.tokenise.context.parameters())
     assert all(weight.grad is None for weight in model.policy.parameters())
     with pytest.raises(ValueError, match="context"):

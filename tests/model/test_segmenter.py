@@ -12,40 +12,40 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import scramble
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.pictures import read_picture, to_tensor
 from tokenstep.data.scaling import scaled_down
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 from tokenstep.model import segmenter as segmenter_module
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
-STEP = Settings(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
+STEP = Thresholds(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
 STREET = Path(__file__).parents[2] / "examples" / "street.jpg"
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model(cells=2, stem="conv", sub_patches=True)
     scramble(model)
     return model
 
 
 @pytest.fixture
-def saved(model: StepSegmenter, tmp_path: Path) -> Path:
+def saved(model: Segmenter, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     return folder
 
 
-def logits(model: StepSegmenter) -> torch.Tensor:
+def logits(model: Segmenter) -> torch.Tensor:
     torch.manual_seed(8)
     with torch.no_grad():
-        return model([torch.rand(3, 40, 33), torch.rand(3, 9, 70)], settings=STEP).logits
+        return model([torch.rand(3, 40, 33), torch.rand(3, 9, 70)], thresholds=STEP).logits
 
 
-def test_saved_is_loaded(model: StepSegmenter, saved: Path) -> None:
-    for loaded in (load(saved), load(str(saved)), StepSegmenter.from_pretrained(str(saved))):
+def test_saved_is_loaded(model: Segmenter, saved: Path) -> None:
+    for loaded in (load(saved), load(str(saved)), Segmenter.from_pretrained(str(saved))):
         assert loaded.config == model.config
         assert not loaded.training
         assert torch.equal(logits(loaded), logits(model))
@@ -71,10 +71,10 @@ def test_only_safetensors_and_json_are_written(saved: Path) -> None:
     assert not {"mean", "std"} & set(state)
 
 
-def test_what_is_saved_are_the_settings_of_now(model: StepSegmenter, tmp_path: Path) -> None:
-    model.config = replace(model.config, settings=STEP)
+def test_what_is_saved_are_the_settings_of_now(model: Segmenter, tmp_path: Path) -> None:
+    model.config = replace(model.config, thresholds=STEP)
     model.save_pretrained(tmp_path)
-    assert load(tmp_path).config.settings == STEP
+    assert load(tmp_path).config.thresholds == STEP
 
 
 def test_saving_again_writes_over(saved: Path) -> None:
@@ -86,7 +86,7 @@ def test_saving_again_writes_over(saved: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_load_into_fp32(
-    model: StepSegmenter, tmp_path: Path, dtype: torch.dtype
+    model: Segmenter, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     before = logits(model)
     model.to(dtype).save_pretrained(tmp_path)
@@ -178,7 +178,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenstepError, match=r"config\.json is missing"):
         load(tmp_path)
     with pytest.raises(TokenstepError, match=r"config\.json is missing"):
-        StepSegmenter.from_pretrained(str(tmp_path))
+        Segmenter.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "/no/such/folder"])
@@ -204,36 +204,34 @@ def test_a_folder_of_pictures_does_not_hide_a_shipped_model(
     assert load(saved.name).config.classes == own.classes, "a model in a folder goes first"
 
 
-def test_segment_takes_paths_images_arrays_and_tensors(
-    model: StepSegmenter, tmp_path: Path
-) -> None:
+def test_segment_takes_paths_images_arrays_and_tensors(model: Segmenter, tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
     image = Image.fromarray(array)
     image.save(tmp_path / "picture.png")
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), image, array, tensor]
     kinds.append(tensor.float() / 255)
-    results = [model.segment(kind, settings=STEP) for kind in kinds]
+    results = [model.segment(kind, thresholds=STEP) for kind in kinds]
     for result in results:
         assert result.labels.shape == (30, 45)
         assert result.labels.dtype == np.uint8
         assert np.array_equal(result.labels, results[0].labels)
 
 
-def test_segment_gives_a_list_for_a_list(model: StepSegmenter) -> None:
+def test_segment_gives_a_list_for_a_list(model: Segmenter) -> None:
     pictures = [torch.rand(3, 40, 33), torch.rand(3, 9, 70)]
-    together = model.segment(pictures, settings=STEP)
+    together = model.segment(pictures, thresholds=STEP)
     assert isinstance(together, list)
     for picture, result in zip(pictures, together, strict=True):
-        alone = model.segment(picture, settings=STEP)
+        alone = model.segment(picture, thresholds=STEP)
         assert (alone.labels != result.labels).mean() < 0.005
         assert alone.tokens.start == result.tokens.start
         assert alone.tokens.halted == result.tokens.halted
 
 
-def test_token_counts_add_up(model: StepSegmenter) -> None:
+def test_token_counts_add_up(model: Segmenter) -> None:
     picture = torch.rand(3, 60, 45)
-    dense, reduced = (model.segment(picture, settings=used) for used in (DENSE, STEP))
+    dense, reduced = (model.segment(picture, thresholds=used) for used in (DENSE, STEP))
     assert dense.tokens.grid == dense.tokens.start == dense.tokens.end == 8 * 6
     assert sum(dense.tokens.halted.values()) == 0
     assert reduced.tokens.start < reduced.tokens.grid
@@ -245,8 +243,8 @@ def test_token_counts_add_up(model: StepSegmenter) -> None:
     assert dense.cost == dense.dense_cost == reduced.dense_cost
 
 
-def test_each_cell_knows_its_token_whatever_the_batch(model: StepSegmenter) -> None:
-    together = model.segment_batch([torch.rand(3, 40, 33), torch.rand(3, 80, 70)], settings=STEP)
+def test_each_cell_knows_its_token_whatever_the_batch(model: Segmenter) -> None:
+    together = model.segment_batch([torch.rand(3, 40, 33), torch.rand(3, 80, 70)], thresholds=STEP)
     for result in together:
         use = result.tokens
         tokens, cells = np.unique(use.owner, return_counts=True)
@@ -272,15 +270,15 @@ def test_a_trained_model_gives_a_picture_the_same_result_in_any_batch() -> None:
         assert (together.tokens.layer != alone.tokens.layer).mean() < 1e-2
 
 
-def test_live_tokens_fall_only_at_exits(model: StepSegmenter) -> None:
-    use = model.segment_batch([torch.rand(3, 80, 70)], settings=STEP)[0].tokens
+def test_live_tokens_fall_only_at_exits(model: Segmenter) -> None:
+    use = model.segment_batch([torch.rand(3, 80, 70)], thresholds=STEP)[0].tokens
     assert len(use.live) == use.depth and use.live[0] == use.start
     after = [*use.live[1:], use.end]
     lost = {block: use.live[block - 1] - after[block - 1] for block in range(1, use.depth + 1)}
     assert lost == {block: use.halted.get(block, 0) for block in lost}
 
 
-def test_no_pictures_give_no_results(model: StepSegmenter) -> None:
+def test_no_pictures_give_no_results(model: Segmenter) -> None:
     assert model.segment([]) == []
 
 
@@ -297,9 +295,9 @@ def test_the_policys_time_is_the_policys_in_the_dense_model_too(
     monkeypatch.setattr(
         model.policy, "look", lambda images: (looked.append(",".join(stages)), look(images))[1]
     )
-    for settings in (DENSE, Settings((0.5, 0.5))):
+    for thresholds in (DENSE, Thresholds((0.5, 0.5))):
         stages.clear()
-        results = model.segment([torch.rand(3, 24, 40)] * 2, settings=settings)
+        results = model.segment([torch.rand(3, 24, 40)] * 2, thresholds=thresholds)
         assert looked.pop() == "prepare" and not looked
         assert results[0].milliseconds == results[1].milliseconds
         assert results[0].milliseconds is not results[1].milliseconds

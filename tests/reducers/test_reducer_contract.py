@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from support import cell_logits, random_partition, scramble
 from torch import Tensor
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition, ragged
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.timm_vit import build_vit
-from tokenstep.model.network import StepNetwork
+from tokenstep.model.network import Segmenter
 from tokenstep.model.result import Segmented
 from tokenstep.reducers.base import Merge, Reducer
 
@@ -49,29 +49,29 @@ class MergeNeighbours:
 class Way:
     """One way to run a model: thresholds and reducers."""
 
-    settings: Settings = DENSE
+    thresholds: Thresholds = DENSE
     reducers: Callable[[], Sequence[Reducer]] = lambda: ()
 
 
 # Thresholds near the middle of what the scrambled tiny model gives: some pass, some do not.
 WAYS = {
     "dense": Way(),
-    "policy": Way(Settings(merge=(0.5, 0.5))),
-    "exits": Way(Settings(exits=(0.5, 0.5), spare=1)),
-    "exits that spare none": Way(Settings(exits=(0.4, 0.4), spare=0)),
+    "policy": Way(Thresholds(merge=(0.5, 0.5))),
+    "exits": Way(Thresholds(exits=(0.5, 0.5), spare=1)),
+    "exits that spare none": Way(Thresholds(exits=(0.4, 0.4), spare=0)),
     "merging reducer": Way(reducers=lambda: [MergeNeighbours(2)]),
-    "all": Way(Settings((0.5, 0.5), (0.5, 0.5), 1), lambda: [MergeNeighbours(2)]),
+    "all": Way(Thresholds((0.5, 0.5), (0.5, 0.5), 1), lambda: [MergeNeighbours(2)]),
 }
 ZERO = {
-    "policy": Way(Settings(merge=(1.0, 1.0))),
-    "exits": Way(Settings(exits=(1.0, 1.0), spare=0)),
+    "policy": Way(Thresholds(merge=(1.0, 1.0))),
+    "exits": Way(Thresholds(exits=(1.0, 1.0), spare=0)),
     "merging reducer": Way(reducers=lambda: [MergeNeighbours(0)]),
-    "all": Way(Settings((1.0, 1.0), (1.0, 1.0), 0), lambda: [MergeNeighbours(0)]),
+    "all": Way(Thresholds((1.0, 1.0), (1.0, 1.0), 0), lambda: [MergeNeighbours(0)]),
 }
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: TinyModel) -> StepNetwork:
+def model(tiny_model: TinyModel) -> Segmenter:
     model = tiny_model(cells=2, size_bias=True)
     scramble(model)
     return model
@@ -82,15 +82,15 @@ def pictures_of(sizes: Sizes) -> list[Tensor]:
     return [torch.rand(3, *size) for size in sizes]
 
 
-def run(model: StepNetwork, way: Way, pictures: Sequence[Tensor]) -> Segmented:
-    return model(pictures, settings=way.settings, reducers=way.reducers())
+def run(model: Segmenter, way: Way, pictures: Sequence[Tensor]) -> Segmented:
+    return model(pictures, thresholds=way.thresholds, reducers=way.reducers())
 
 
 @pytest.mark.parametrize("name", WAYS)
 @settings(max_examples=10)
 @given(SIZES)
 def test_each_cell_has_one_owner_and_sizes_equal_cells(
-    model: StepNetwork, name: str, sizes: Sizes
+    model: Segmenter, name: str, sizes: Sizes
 ) -> None:
     with torch.no_grad():
         tokens = run(model, WAYS[name], pictures_of(sizes)).tokens
@@ -111,9 +111,7 @@ def test_each_cell_has_one_owner_and_sizes_equal_cells(
 @pytest.mark.parametrize("name", WAYS)
 @settings(max_examples=10)
 @given(SIZES)
-def test_a_picture_does_not_depend_on_its_batch(
-    model: StepNetwork, name: str, sizes: Sizes
-) -> None:
+def test_a_picture_does_not_depend_on_its_batch(model: Segmenter, name: str, sizes: Sizes) -> None:
     pictures = pictures_of(sizes)
     with torch.no_grad():
         together = run(model, WAYS[name], pictures)
@@ -127,7 +125,7 @@ def test_a_picture_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_it_really_reduces(model: StepNetwork, name: str) -> None:
+def test_it_really_reduces(model: Segmenter, name: str) -> None:
     """Or the contract would be kept by doing nothing."""
     sizes = [(60, 50), (33, 70)]
     with torch.no_grad():
@@ -150,7 +148,7 @@ def test_prefix_rows_survive(tiny_model: TinyModel, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ZERO)
-def test_zero_strength_changes_nothing(model: StepNetwork, name: str) -> None:
+def test_zero_strength_changes_nothing(model: Segmenter, name: str) -> None:
     pictures = pictures_of([(40, 40), (9, 70)])
     with torch.no_grad():
         out = run(model, ZERO[name], pictures)
@@ -160,7 +158,7 @@ def test_zero_strength_changes_nothing(model: StepNetwork, name: str) -> None:
     assert torch.allclose(out.logits, dense.logits, atol=1e-4)
 
 
-def timm_twin(model: StepNetwork) -> torch.nn.Module:
+def timm_twin(model: Segmenter) -> torch.nn.Module:
     """timm's own model with the same weights."""
     vit = build_vit(model.config.vit)
     vit.blocks.load_state_dict(model.encoder.blocks.state_dict())
@@ -172,7 +170,7 @@ def timm_twin(model: StepNetwork) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ZERO)
-def test_at_zero_strength_the_features_are_those_of_timm(model: StepNetwork, name: str) -> None:
+def test_at_zero_strength_the_features_are_those_of_timm(model: Segmenter, name: str) -> None:
     images = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
         out = run(model, ZERO[name], images)
@@ -209,8 +207,8 @@ def test_merging_equal_rows_is_lossless_end_to_end(
     level = random_partition([(4, 6), (5, 4)])
     pictures = [flat_scene(level[0, :4, :6], 8), flat_scene(level[1, :5, :4], 8)]
     with torch.no_grad():
-        merged = model(pictures, settings=DENSE, level=level)
-        dense = model(pictures, settings=DENSE)
+        merged = model(pictures, thresholds=DENSE, level=level)
+        dense = model(pictures, thresholds=DENSE)
     assert len(merged.tokens.x) < len(dense.tokens.x)
     same = [
         torch.allclose(cell_logits(merged, i, grid), cell_logits(dense, i, grid), atol=1e-4)

@@ -21,22 +21,22 @@ from conftest import CLASSES, TinyModel
 from PIL import Image
 from samples import pattern, png_header, save_pattern
 
-from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve import demo
 from tokenstep.serve.demo import Demo, knob_of, promise, show
 
-LOSSES = {0.4: Settings((0.5, 0.5), (0.9, 0.9)), 2.3: Settings((0.0, 0.0), (0.0, 0.0), 0)}
+LOSSES = {0.4: Thresholds((0.5, 0.5), (0.9, 0.9)), 2.3: Thresholds((0.0, 0.0), (0.0, 0.0), 0)}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     """A tiny model with two operating points, the cheaper of which merges and halts all it can."""
     model = tiny_model()
     points = tuple(
-        OperatingPoint(settings, 0.5, loss, 1 / loss, 9.0, 0.5, "val", 7)
-        for loss, settings in LOSSES.items()
+        OperatingPoint(thresholds, 0.5, loss, 1 / loss, 9.0, 0.5, "val", 7)
+        for loss, thresholds in LOSSES.items()
     )
     model.config = replace(model.config, points=points)
     return model
@@ -63,7 +63,7 @@ def report_of(downloads: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def test_the_knob_reaches_all_points_and_starts_within_half_a_point(
-    model: StepSegmenter, tiny_model: TinyModel
+    model: Segmenter, tiny_model: TinyModel
 ) -> None:
     assert knob_of(model) == (3, 0.5)
     assert "0.40 points" in promise(model, 0.5) and "7 pictures of val" in promise(model, 0.5)
@@ -74,9 +74,7 @@ def test_the_knob_reaches_all_points_and_starts_within_half_a_point(
         promise(tiny_model(), 1)
 
 
-def test_both_halves_of_a_picture_and_whole_files(
-    model: StepSegmenter, photo: Path, out: Path
-) -> None:
+def test_both_halves_of_a_picture_and_whole_files(model: Segmenter, photo: Path, out: Path) -> None:
     shown = show(Demo({"own": model}, 480), photo, name="own", max_loss=3, out=out)
     assert "2.30 points" in shown.point and "below the best that calibration" in shown.point
     labels, overlay, tokens, _ = shown.downloads
@@ -105,7 +103,7 @@ def test_both_halves_of_a_picture_and_whole_files(
 
 @pytest.mark.parametrize("max_loss", [0, 0.1])
 def test_the_dense_model_is_its_own_rival(
-    model: StepSegmenter, photo: Path, out: Path, max_loss: float
+    model: Segmenter, photo: Path, out: Path, max_loss: float
 ) -> None:
     shown = show(Demo({"own": model}, 480), photo, name="own", max_loss=max_loss, out=out)
     report = report_of(shown.downloads)
@@ -116,7 +114,7 @@ def test_the_dense_model_is_its_own_rival(
 
 
 def test_large_pictures_are_scaled_down_and_small_ones_left(
-    model: StepSegmenter, photo: Path, out: Path, tmp_path: Path
+    model: Segmenter, photo: Path, out: Path, tmp_path: Path
 ) -> None:
     Image.fromarray(pattern(120, 300)).save(tmp_path / "wide.png")
     for path, size, seen in (
@@ -134,7 +132,7 @@ def test_large_pictures_are_scaled_down_and_small_ones_left(
 
 
 def test_bad_uploads_are_one_line_without_our_folders(
-    model: StepSegmenter, tmp_path: Path, out: Path
+    model: Segmenter, tmp_path: Path, out: Path
 ) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(TokenstepError) as caught:
@@ -155,13 +153,13 @@ def test_bad_uploads_are_one_line_without_our_folders(
     assert "good.tokens.jpg: cannot be written" in refused(good)
 
 
-def test_warming_up_runs_both_ways(model: StepSegmenter) -> None:
+def test_warming_up_runs_both_ways(model: Segmenter) -> None:
     class Watched:
-        config = replace(model.config, settings=LOSSES[0.4])
-        ran: ClassVar[list[Settings]] = []
+        config = replace(model.config, thresholds=LOSSES[0.4])
+        ran: ClassVar[list[Thresholds]] = []
 
-        def segment_batch(self, pictures: list[object], *, settings: Settings) -> None:
-            self.ran.append(settings)
+        def segment_batch(self, pictures: list[object], *, thresholds: Thresholds) -> None:
+            self.ran.append(thresholds)
 
     demo.warm_up(Watched())  # type: ignore[arg-type]
     assert set(Watched.ran) == {DENSE, LOSSES[0.4]}
@@ -214,7 +212,7 @@ main()
 
 
 @pytest.fixture(scope="module")
-def address(model: StepSegmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(model: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of the page, as a user starts it, with a tiny model."""
     require_page()
     folder = tmp_path_factory.mktemp("served")

@@ -10,18 +10,18 @@ from PIL import Image
 from samples import pattern
 from support import machine_says
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.pictures import read_picture
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.files import SegmentJob, segment_files
 
-REDUCED = Settings(merge=(0.0, 0.5), exits=(0.34, 0.34), spare=1)
+REDUCED = Thresholds(merge=(0.0, 0.5), exits=(0.34, 0.34), spare=1)
 KINDS = ("labels.png", "overlay.jpg", "tokens.jpg")
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model(cells=2)
 
 
@@ -40,7 +40,7 @@ def labels_in(folder: Path) -> dict[str, np.ndarray]:
 # --- what comes out ---------------------------------------------------------------------------
 
 
-def test_one_entry_and_three_pictures_each_in_order(tmp_path: Path, model: StepSegmenter) -> None:
+def test_one_entry_and_three_pictures_each_in_order(tmp_path: Path, model: Segmenter) -> None:
     sizes = [(33, 50), (64, 20), (1, 1)]
     paths = draw(tmp_path / "in", sizes)
     entries = list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED)))
@@ -65,19 +65,21 @@ def test_one_entry_and_three_pictures_each_in_order(tmp_path: Path, model: StepS
 
 @pytest.mark.parametrize("settings", [REDUCED, DENSE])
 def test_batches_of_mixed_sizes_equal_single_pictures(
-    tmp_path: Path, model: StepSegmenter, settings: Settings
+    tmp_path: Path, model: Segmenter, thresholds: Thresholds
 ) -> None:
     sizes = [(33, 50), (64, 20), (64, 20), (1, 70), (40, 40), (9, 9), (50, 33)]
     paths = draw(tmp_path / "in", sizes)
     for batch in (1, 3):
-        list(segment_files(model, paths, SegmentJob(tmp_path / f"{batch}", settings, batch=batch)))
+        list(
+            segment_files(model, paths, SegmentJob(tmp_path / f"{batch}", thresholds, batch=batch))
+        )
     single, batched = labels_in(tmp_path / "1"), labels_in(tmp_path / "3")
     assert single.keys() == batched.keys() and len(single) == len(sizes)
     for name, labels in single.items():
         assert np.array_equal(labels, batched[name]), name
 
 
-def test_a_picture_scaled_down_keeps_its_size(tmp_path: Path, model: StepSegmenter) -> None:
+def test_a_picture_scaled_down_keeps_its_size(tmp_path: Path, model: Segmenter) -> None:
     (path,) = draw(tmp_path / "in", [(30, 90)])
     job = SegmentJob(tmp_path / "out", REDUCED, max_side=45)
     (entry,) = segment_files(model, [path], job)
@@ -88,18 +90,18 @@ def test_a_picture_scaled_down_keeps_its_size(tmp_path: Path, model: StepSegment
     assert "scaled_to" not in next(segment_files(model, [path], job))
 
 
-def test_comparing_reports_the_dense_model_beside(tmp_path: Path, model: StepSegmenter) -> None:
+def test_comparing_reports_the_dense_model_beside(tmp_path: Path, model: Segmenter) -> None:
     paths = draw(tmp_path / "in", [(33, 50)])
-    for settings in (DENSE, REDUCED):
-        job = SegmentJob(tmp_path / "out", settings, compare=True)
+    for thresholds in (DENSE, REDUCED):
+        job = SegmentJob(tmp_path / "out", thresholds, compare=True)
         (entry,) = segment_files(model, paths, job)
         same = entry["dense"]["same_pixels"]
-        assert same == 1 if settings is DENSE else 0 <= same <= 1
+        assert same == 1 if thresholds is DENSE else 0 <= same <= 1
         assert set(entry["dense"]["milliseconds"]) <= set(entry["milliseconds"])
 
 
 def test_a_picture_that_cannot_be_written_leaves_none_of_its_files(
-    tmp_path: Path, model: StepSegmenter
+    tmp_path: Path, model: Segmenter
 ) -> None:
     paths, out = draw(tmp_path / "in", [(20, 30)] * 2), tmp_path / "out"
     (out / "p000.tokens.jpg").mkdir(parents=True)  # a folder has the name of its last file
@@ -113,7 +115,7 @@ def test_a_picture_that_cannot_be_written_leaves_none_of_its_files(
 # --- faults -----------------------------------------------------------------------------------
 
 
-def test_large_pictures_are_cut_where_it_is_asked_for(tmp_path: Path, model: StepSegmenter) -> None:
+def test_large_pictures_are_cut_where_it_is_asked_for(tmp_path: Path, model: Segmenter) -> None:
     paths = draw(tmp_path / "in", [(40, 150), (40, 100), (300, 40)])
 
     def windows(job: SegmentJob) -> list[int]:
@@ -126,7 +128,7 @@ def test_large_pictures_are_cut_where_it_is_asked_for(tmp_path: Path, model: Ste
 
 
 def test_what_does_not_fit_in_memory_is_cut_into_windows_of_2048_px(
-    tmp_path: Path, model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = draw(tmp_path / "in", [(20, 2100), (20, 90), (2100, 20)])
 
@@ -144,7 +146,7 @@ def test_what_does_not_fit_in_memory_is_cut_into_windows_of_2048_px(
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_unreadable_pictures_have_an_error_and_the_others_go_on(
-    tmp_path: Path, model: StepSegmenter, batch: int
+    tmp_path: Path, model: Segmenter, batch: int
 ) -> None:
     paths = draw(tmp_path / "in", [(20, 20)] * 5)
     paths[1].write_text("no picture")
@@ -158,9 +160,7 @@ def test_unreadable_pictures_have_an_error_and_the_others_go_on(
     assert len(labels_in(out)) == 3
 
 
-def test_a_picture_that_cannot_be_written_has_an_error(
-    tmp_path: Path, model: StepSegmenter
-) -> None:
+def test_a_picture_that_cannot_be_written_has_an_error(tmp_path: Path, model: Segmenter) -> None:
     paths = draw(tmp_path / "in", [(20, 20)] * 3)
     (tmp_path / "out" / "p001.overlay.jpg").mkdir(parents=True)  # so nothing can take its place
     entries = list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED)))
@@ -173,16 +173,16 @@ def test_a_picture_that_cannot_be_written_has_an_error(
 class Failing:
     """A model that fails where a picture of a width is in the batch, and else is as it is."""
 
-    def __init__(self, model: StepSegmenter, width: int, fault: BaseException) -> None:
+    def __init__(self, model: Segmenter, width: int, fault: BaseException) -> None:
         self.model, self.width, self.fault = model, width, fault
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
 
-    def segment_batch(self, images: list[torch.Tensor], *, settings: Settings) -> list[object]:
+    def segment_batch(self, images: list[torch.Tensor], *, thresholds: Thresholds) -> list[object]:
         if any(image.shape[2] == self.width for image in images):
             raise self.fault
-        return list(self.model.segment_batch(images, settings=settings))
+        return list(self.model.segment_batch(images, thresholds=thresholds))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ class Failing:
     ],
 )
 def test_a_fault_of_the_model_stays_with_its_picture(
-    tmp_path: Path, model: StepSegmenter, fault: Exception, reason: str
+    tmp_path: Path, model: Segmenter, fault: Exception, reason: str
 ) -> None:
     paths = draw(tmp_path / "in", [(20, 20), (20, 30), (20, 20)])
     job = SegmentJob(tmp_path / "out", REDUCED, batch=3)
@@ -205,7 +205,7 @@ def test_a_fault_of_the_model_stays_with_its_picture(
     assert reason in message and str(paths[1]) in message and "\n" not in message
 
 
-def test_weights_that_are_not_finite_are_reported(tmp_path: Path, model: StepSegmenter) -> None:
+def test_weights_that_are_not_finite_are_reported(tmp_path: Path, model: Segmenter) -> None:
     paths = draw(tmp_path / "in", [(20, 20)])
     with torch.no_grad():
         model.encoder.norm.weight.fill_(float("nan"))
@@ -215,7 +215,7 @@ def test_weights_that_are_not_finite_are_reported(tmp_path: Path, model: StepSeg
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("a bug")])
 def test_a_stop_leaves_whole_files_only(
-    tmp_path: Path, model: StepSegmenter, fault: BaseException
+    tmp_path: Path, model: Segmenter, fault: BaseException
 ) -> None:
     paths = draw(tmp_path / "in", [(20, 20)] * 4 + [(20, 30)] + [(20, 20)] * 4)
     job = SegmentJob(tmp_path / "out", REDUCED)
@@ -231,9 +231,7 @@ def test_a_stop_leaves_whole_files_only(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_only_a_few_batches_are_read_ahead(
-    tmp_path: Path, model: StepSegmenter, batch: int
-) -> None:
+def test_only_a_few_batches_are_read_ahead(tmp_path: Path, model: Segmenter, batch: int) -> None:
     def ahead(done: int) -> list[Path]:
         """The pictures that may have been read when the entry of number ``done`` comes."""
         return draw(tmp_path / "in", [(8, 8)] * min(24, done + 4 * batch))
@@ -247,7 +245,7 @@ def test_only_a_few_batches_are_read_ahead(
     assert done == 24
 
 
-def test_who_stops_listening_stops_the_work(tmp_path: Path, model: StepSegmenter) -> None:
+def test_who_stops_listening_stops_the_work(tmp_path: Path, model: Segmenter) -> None:
     paths = draw(tmp_path / "in", [(8, 8)] * 24)
     entries = segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED))
     next(entries)
@@ -258,7 +256,7 @@ def test_who_stops_listening_stops_the_work(tmp_path: Path, model: StepSegmenter
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_picture_is_overwritten_by_the_result_of_another(
-    tmp_path: Path, model: StepSegmenter, kind: str
+    tmp_path: Path, model: Segmenter, kind: str
 ) -> None:
     (first,) = draw(tmp_path, [(20, 24)])
     second = tmp_path / f"p000.{kind}"

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from samples import pattern
 from support import machine_says
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.windows import fits, needed_bytes, segment_tiled, spans, unit_of
 
 
@@ -37,7 +37,7 @@ def test_every_pixel_is_kept_once_and_seen_with_its_surroundings(
 
 
 @pytest.fixture
-def model(tiny_model: TinyModel) -> StepSegmenter:
+def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model()
 
 
@@ -45,18 +45,18 @@ def picture(height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(pattern(height, width)).permute(2, 0, 1)
 
 
-def test_a_window_below_four_superpatches_is_refused(model: StepSegmenter) -> None:
+def test_a_window_below_four_superpatches_is_refused(model: Segmenter) -> None:
     with pytest.raises(TokenstepError, match="give 128 or more"):
-        segment_tiled(model, picture(10, 10), side=127, settings=DENSE)
+        segment_tiled(model, picture(10, 10), side=127, thresholds=DENSE)
 
 
-REDUCED = Settings(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
+REDUCED = Thresholds(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
 
 
-def test_a_picture_that_fits_is_segmented_as_ever(model: StepSegmenter) -> None:
+def test_a_picture_that_fits_is_segmented_as_ever(model: Segmenter) -> None:
     small = picture(70, 101)
-    whole = model.segment_batch([small], settings=REDUCED)[0]
-    tiled = segment_tiled(model, small, side=128, settings=REDUCED)
+    whole = model.segment_batch([small], thresholds=REDUCED)[0]
+    tiled = segment_tiled(model, small, side=128, thresholds=REDUCED)
     assert np.array_equal(tiled.labels, whole.labels)
     assert np.array_equal(tiled.tokens.level, whole.tokens.level)
     assert tiled.cost == whole.cost and tiled.windows == 1
@@ -64,9 +64,9 @@ def test_a_picture_that_fits_is_segmented_as_ever(model: StepSegmenter) -> None:
 
 @pytest.mark.parametrize("size", [(200, 300), (301, 150), (150, 160)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_windows_join_to_a_picture(model: StepSegmenter, size: tuple[int, int], batch: int) -> None:
+def test_windows_join_to_a_picture(model: Segmenter, size: tuple[int, int], batch: int) -> None:
     large, side, unit = picture(*size), 4 * unit_of(model), unit_of(model)
-    tiled = segment_tiled(model, large, side=side, settings=REDUCED, batch=batch)
+    tiled = segment_tiled(model, large, side=side, thresholds=REDUCED, batch=batch)
     assert tiled.labels.shape == size
     rows, columns = (spans(length, side, unit) for length in size)
     assert tiled.windows == len(rows) * len(columns) > 1
@@ -78,7 +78,7 @@ def test_windows_join_to_a_picture(model: StepSegmenter, size: tuple[int, int], 
     for row in rows:
         for column in columns:
             cut = large[:, row.start : row.end, column.start : column.end]
-            alone = model.segment_batch([cut], settings=REDUCED)[0]
+            alone = model.segment_batch([cut], thresholds=REDUCED)[0]
             total += alone.cost.total
             inner = alone.labels[
                 row.first - row.start : row.last - row.start,
@@ -90,9 +90,9 @@ def test_windows_join_to_a_picture(model: StepSegmenter, size: tuple[int, int], 
     assert tiled.tokens.end + sum(tiled.tokens.halted.values()) == tiled.tokens.start
 
 
-def test_joined_tokens_are_told_apart_and_counted(model: StepSegmenter) -> None:
+def test_joined_tokens_are_told_apart_and_counted(model: Segmenter) -> None:
     large, side = picture(203, 330), 4 * unit_of(model)
-    use = segment_tiled(model, large, side=side, settings=REDUCED).tokens
+    use = segment_tiled(model, large, side=side, thresholds=REDUCED).tokens
     places = np.arange(use.owner.size).reshape(use.owner.shape)
     # Windows hand over at whole superpatches: a token is named by its superpatch's first cell.
     side_of = 1 << use.level.astype(np.int64)
@@ -103,10 +103,10 @@ def test_joined_tokens_are_told_apart_and_counted(model: StepSegmenter) -> None:
     assert use.live[-1] == use.end, "no exit stands after the last block"
 
 
-def test_no_superpatch_of_a_joined_partition_is_cut(model: StepSegmenter) -> None:
+def test_no_superpatch_of_a_joined_partition_is_cut(model: Segmenter) -> None:
     large = picture(203, 330)
-    everything = Settings(merge=(0.0, 0.0))
-    level = segment_tiled(model, large, side=4 * unit_of(model), settings=everything).tokens.level
+    everything = Thresholds(merge=(0.0, 0.0))
+    level = segment_tiled(model, large, side=4 * unit_of(model), thresholds=everything).tokens.level
     merged = level.max(initial=0)
     assert merged > 0
     for rank in range(1, merged + 1):
@@ -116,15 +116,15 @@ def test_no_superpatch_of_a_joined_partition_is_cut(model: StepSegmenter) -> Non
             assert (level[row : row + side, column : column + side] == rank).all()
 
 
-def test_dense_windows_cost_what_they_are(model: StepSegmenter) -> None:
+def test_dense_windows_cost_what_they_are(model: Segmenter) -> None:
     large = picture(200, 200)
-    tiled = segment_tiled(model, large, side=4 * unit_of(model), settings=DENSE)
+    tiled = segment_tiled(model, large, side=4 * unit_of(model), thresholds=DENSE)
     assert tiled.cost.blocks == tiled.dense_cost.blocks
     assert tiled.tokens.grid == 25 * 25 < tiled.tokens.start, "overlaps are run twice"
 
 
 def test_a_picture_is_tried_whole_unless_it_is_known_not_to_fit(
-    model: StepSegmenter, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large, small = torch.empty(3, 1, 4096).byte(), torch.empty(3, 2048, 2048).byte()
     for free, expected in ((10**6, False), (10**9, True), (None, True)):
@@ -135,7 +135,7 @@ def test_a_picture_is_tried_whole_unless_it_is_known_not_to_fit(
         assert fits(model, [small, small]) is (free is None), "a batch can be run one by one"
 
 
-def test_the_maps_that_a_batch_shares_are_counted(model: StepSegmenter) -> None:
+def test_the_maps_that_a_batch_shares_are_counted(model: Segmenter) -> None:
     tall, wide = torch.empty(3, 4096, 8).byte(), torch.empty(3, 8, 4096).byte()
     cells = 2 * 512 * 512  # of the grid as high as the one and as wide as the other
     assert needed_bytes(model, [tall, wide]) >= needed_bytes(model, [tall, tall]) + 8 * cells

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training import POLICY, VIT, segmenter_recipe
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
@@ -42,9 +42,9 @@ def test_a_trained_segmenter_is_right_and_merges(drawn: Path, policy: Path, tmp_
     frozen = load_file(policy / "model.safetensors")  # with the statistics of its norms
     for name, value in model.policy.state_dict().items():
         assert torch.equal(value, frozen[name]), name
-    settings = model.config.settings
+    thresholds = model.config.thresholds
     test = LabelledFolder(drawn, "test")
-    report = evaluate(model, test, Run(settings))
+    report = evaluate(model, test, Run(thresholds))
     for half in ("dense", "reduced"):
         assert report[half]["miou"] > 0.6, half  # guessing one class gives less than 0.3
     assert report["reduced"]["tokens"]["start"] < 0.8 * report["dense"]["tokens"]["start"]
@@ -86,8 +86,8 @@ def test_a_policy_that_is_no_number_has_no_report(drawn: Path) -> None:
         ({"vit": dataclasses.replace(VIT, name="vit_of_dreams")}, "vit_of_dreams"),
         ({"vit": dataclasses.replace(VIT, name="test_vit.foo")}, "foo"),
         ({"vit": dataclasses.replace(VIT, patch=None, image_size=(8, 8))}, "image_size"),
-        ({"settings": Settings(exits=(0.9, 0.9))}, "exit"),
-        ({"settings": Settings(merge=(0.9,))}, "superpatch"),
+        ({"thresholds": Thresholds(exits=(0.9, 0.9))}, "exit"),
+        ({"thresholds": Thresholds(merge=(0.9,))}, "superpatch"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(

@@ -26,7 +26,7 @@ from tokenstep.terminal import as_json, complain, console, progress_bar, require
 if TYPE_CHECKING:
     import torch
 
-    from tokenstep.runtimes.rivals import MakeRival
+    from tokenstep.runtimes.dense import MakeRuntime
 
 app = typer.Typer()
 
@@ -73,7 +73,8 @@ def bench_command(
     """Time STEP beside the dense model on real pictures, all ways in turn in one process."""
     import torch
 
-    from tokenstep.data.pictures import find_pictures, require_writable, write_text
+    from tokenstep.data.pictures import find_pictures
+    from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.cases import Case
     from tokenstep.measure.machine import description, gemm_rate
     from tokenstep.measure.speed import bench, growth, with_backbone
@@ -95,15 +96,19 @@ def bench_command(
         raise typer.Exit(2)
     if not force:
         _refuse_noise(paths)
-    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     if backbone is not None:
         # Exits of random weights are never sure, so they only cost.
-        network, settings, point = with_backbone(network, backbone), settings.without_exits(), None
+        network, thresholds, point = (
+            with_backbone(network, backbone),
+            thresholds.without_exits(),
+            None,
+        )
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
             with torch.autocast(place.type, _dtype(precision), precision is not Precision.FP32):
-                rows += bench(network, paths, case, settings, rivals=rivals, seconds=seconds)
+                rows += bench(network, paths, case, thresholds, rivals=rivals, seconds=seconds)
     grown = growth(rows)
     weight: torch.Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
@@ -112,7 +117,7 @@ def bench_command(
         "model": model,
         "backbone": backbone,
         "precision": precision.value,
-        "settings": asdict(settings),
+        "settings": asdict(thresholds),
         "point": point and asdict(point),
         "pictures": len(paths),
         "growth": grown,
@@ -135,9 +140,9 @@ def _dtype(precision: Precision) -> "torch.dtype":
     }[precision]
 
 
-def _rivals(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRival]":
+def _rivals(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRuntime]":
     """What else is timed, by the name of its rows."""
-    from tokenstep.runtimes.rivals import MAKERS
+    from tokenstep.runtimes.dense import RUNTIMES
 
     rivals = {}
     for name in names:
@@ -146,7 +151,7 @@ def _rivals(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRival]":
         if name in CPU_ONLY and not on_cpu:
             raise TokenstepError(f"--rival {name}: runs in fp32 on the CPU alone; leave it out")
         require_extra(*RIVALS[name], extra="bench")
-        rivals[f"dense, {name}"] = MAKERS[name]
+        rivals[f"dense, {name}"] = RUNTIMES[name]
     return rivals
 
 

@@ -32,7 +32,7 @@ def check_command(
     Exit code 1 if there is an error; warnings alone end with 0.
     """
     from tokenstep.data.check import check_folder
-    from tokenstep.data.pictures import require_writable, write_text
+    from tokenstep.data.whole_files import require_writable, write_text
 
     printed = json_file == Path("-")
     if json_file is not None and not printed:

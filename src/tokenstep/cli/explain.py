@@ -22,14 +22,14 @@ from tokenstep.cli.options import (
     max_side_of,
     scale_note,
 )
-from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.terminal import as_json, complain, progress_bar, require_extra
 
 if TYPE_CHECKING:
     from tokenstep.data.labelled_folder import LabelledFolder
     from tokenstep.explain.report import Section
-    from tokenstep.model.segmenter import StepSegmenter
+    from tokenstep.model.segmenter import Segmenter
 
 app = typer.Typer()
 
@@ -61,8 +61,8 @@ def explain_command(
     """
     require_extra("matplotlib", extra="plot")
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import require_writable
     from tokenstep.data.scaling import side_for
+    from tokenstep.data.whole_files import require_writable
     from tokenstep.explain.report import page
     from tokenstep.serve.reports import header
 
@@ -76,22 +76,22 @@ def explain_command(
     require_writable(out)
     folder = None if data is None else LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    of = header(model, network.config, settings, point)
+    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    of = header(model, network.config, thresholds, point)
     title = f"Where the tokens of {model} go"
     if folder is None:
         side = side_for(wanted, network.config.long_side)
         of["max_side"] = side
-        report, sections = _explain_pictures(network, pictures or [], settings, side)
+        report, sections = _explain_pictures(network, pictures or [], thresholds, side)
     else:
         of |= {"data": folder.root.resolve().name, "split": folder.title}
         title += f" on {of['data']}, {folder.title}"
-        report, sections = _explain_data(network, folder, settings)
+        report, sections = _explain_data(network, folder, thresholds)
     for fault in report["faults"]:
         complain(fault["error"])
     if not sections:
         raise typer.Exit(2)
-    intro = _intro(settings, point)
+    intro = _intro(thresholds, point)
     scaled = sum("scaled_from" in one for one in report.get("pictures", ()) if folder is None)
     if scaled:
         note = scale_note(scaled, of["max_side"], max_side)
@@ -106,7 +106,7 @@ def explain_command(
 
 
 def _explain_pictures(
-    network: "StepSegmenter", named: Sequence[str], settings: Settings, max_side: int | None
+    network: "Segmenter", named: Sequence[str], thresholds: Thresholds, max_side: int | None
 ) -> Found:
     """Explain each picture that can be read and segmented."""
     from tokenstep.data.pictures import find_pictures, read_picture, to_tensor
@@ -128,7 +128,7 @@ def _explain_pictures(
                 image = to_tensor(scaled_down(whole, max_side))
                 if not fits(network, [image]):
                     raise TokenstepError(f"{path}: does not fit in memory; give a --max-side")
-                view = look(network, image, settings)
+                view = look(network, image, thresholds)
             except TokenstepError as error:
                 reason = str(error)
                 named_so = reason if str(path) in reason else f"{path}: {reason}"
@@ -142,7 +142,7 @@ def _explain_pictures(
     return {"pictures": entries, "faults": faults}, sections
 
 
-def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: Settings) -> Found:
+def _explain_data(network: "Segmenter", folder: "LabelledFolder", thresholds: Thresholds) -> Found:
     """Explain a labelled folder, and the pictures that lost most against dense one by one."""
     from tokenstep.explain.folder import explain_folder, worst
     from tokenstep.explain.report import Section
@@ -152,7 +152,7 @@ def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: 
     with progress_bar() as progress:
         task = progress.add_task("explain", total=len(folder))
         report = explain_folder(
-            network, folder, settings, on_picture=lambda: progress.advance(task)
+            network, folder, thresholds, on_picture=lambda: progress.advance(task)
         )
     sections = set_sections(report)
     chosen = worst(report["pictures"])
@@ -166,8 +166,8 @@ def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: 
     by_name = {path.name: index for index, path in enumerate(folder.paths)}
     for file in chosen:
         image, label = folder[by_name[file]]
-        view = look(network, image, settings)
-        dense = network.segment_batch([image], settings=DENSE)[0].labels
+        view = look(network, image, thresholds)
+        dense = network.segment_batch([image], thresholds=DENSE)[0].labels
         truth = label.numpy()
         numbers = explain_picture(view)
         found = difference_rows(view.result.labels, dense, truth)
@@ -178,16 +178,18 @@ def _explain_data(network: "StepSegmenter", folder: "LabelledFolder", settings: 
     return report, sections
 
 
-def _intro(settings: Settings, point: OperatingPoint | None) -> str:
+def _intro(thresholds: Thresholds, point: OperatingPoint | None) -> str:
     """What the model ran at."""
-    merge, exits = (", ".join(map(str, bars)) or "off" for bars in (settings.merge, settings.exits))
+    merge, exits = (
+        ", ".join(map(str, bars)) or "off" for bars in (thresholds.merge, thresholds.exits)
+    )
     text = f"Merge thresholds: {merge}. Exit thresholds: {exits}."
     return text if point is None else f"{text} At this {tables.promise(point)}."
 
 
 def _write(out: Path, report: dict[str, Any], sections: "Sequence[Section]", text: str) -> None:
     """Write the page, its figures and its numbers, each file whole."""
-    from tokenstep.data.pictures import write_text, write_whole
+    from tokenstep.data.whole_files import write_text, write_whole
 
     for section in sections:
         for figure in section.figures:

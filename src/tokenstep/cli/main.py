@@ -118,8 +118,8 @@ def segment(
 
     Exit code 1 if some pictures failed; the others are done and the report names the failures.
     """
-    from tokenstep.data.pictures import require_writable
     from tokenstep.data.scaling import side_for
+    from tokenstep.data.whole_files import require_writable
     from tokenstep.serve.files import SegmentJob, segment_files
     from tokenstep.serve.reports import ReportFile, classes_of, header
     from tokenstep.serve.windows import require_side
@@ -127,15 +127,15 @@ def segment(
     wanted = max_side_of(max_side, tile=tile)
     paths, entries = _find(pictures, out)
     network = load_model(model, device, threads)
-    settings, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
     if tile is not None:
         require_side(network, tile)
     require_writable(out)
     for entry in entries:
         complain(entry["error"])
     side = side_for(wanted, network.config.long_side)
-    job = SegmentJob(out, settings, batch=batch, max_side=side, compare=compare, tile=tile)
-    head = {**header(model, network.config, settings, point), "max_side": side}
+    job = SegmentJob(out, thresholds, batch=batch, max_side=side, compare=compare, tile=tile)
+    head = {**header(model, network.config, thresholds, point), "max_side": side}
     head["classes"] = classes_of(network.config)
     with progress_bar() as progress, ReportFile(out / "report.json", head, entries) as report:
         for entry in progress.track(

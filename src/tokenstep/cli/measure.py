@@ -48,7 +48,7 @@ def evaluate_command(
 ) -> None:
     """Measure dense and reduced side by side: mIoU, boundaries, tokens, GMAC, seconds."""
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import require_writable, write_text
+    from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.evaluate import evaluate
     from tokenstep.measure.quality import Run
 
@@ -62,8 +62,8 @@ def evaluate_command(
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    run = Run(settings, source, tolerance)
+    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    run = Run(thresholds, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
@@ -106,7 +106,7 @@ def calibrate_command(
     Killed, it goes on where it was when the same command is given again.
     """
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import write_text
+    from tokenstep.data.whole_files import write_text
     from tokenstep.measure.calibrate import calibrate
     from tokenstep.model.card import write_card
     from tokenstep.train.lock import held
@@ -156,21 +156,21 @@ def compare_command(
     require_extra("matplotlib", extra="plot")
     from tokenstep.data.faults import empty_classes
     from tokenstep.data.labelled_folder import LabelledFolder
-    from tokenstep.data.pictures import require_writable, write_text, write_whole
+    from tokenstep.data.whole_files import require_writable, write_text, write_whole
     from tokenstep.measure.compare import compare, figure, markdown
     from tokenstep.measure.quality import require_same_classes
 
     require_writable(out)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    settings, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]
     with progress_bar() as progress:
         task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
         rows = compare(
-            network, folder, settings, others=others, on_picture=lambda: progress.advance(task)
+            network, folder, thresholds, others=others, on_picture=lambda: progress.advance(task)
         )
     of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
     write_text(out / "compare.json", as_json({**of, "warnings": warnings, "rows": rows}) + "\n")

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.errors import TokenstepError
 
 if TYPE_CHECKING:
     from tokenstep.data.scaling import MaxSide
-    from tokenstep.model.segmenter import StepSegmenter
+    from tokenstep.model.segmenter import Segmenter
 
 Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
 ModelName = Annotated[
@@ -77,7 +77,7 @@ def scale_note(count: int, side: int, given: str | None) -> str:
     return f"{text}, the scale that the model was trained at (--max-side none: as they are)"
 
 
-def load_model(name: str, device: str, threads: int | None) -> "StepSegmenter":
+def load_model(name: str, device: str, threads: int | None) -> "Segmenter":
     """Load a model onto a device."""
     import torch
 
@@ -93,13 +93,13 @@ def load_model(name: str, device: str, threads: int | None) -> "StepSegmenter":
 
 
 def choose(
-    model: "StepSegmenter",
+    model: "Segmenter",
     *,
     dense: bool = False,
     max_loss: float | None = None,
     merge: str | None = None,
     exits: str | None = None,
-) -> tuple[Settings, OperatingPoint | None]:
+) -> tuple[Thresholds, OperatingPoint | None]:
     """The settings that the options ask for, and the operating point that they are, if one.
 
     Raises:
@@ -114,23 +114,25 @@ def choose(
         return DENSE, None
     if max_loss is not None:
         point = model.config.point_within(max_loss)
-        return (DENSE, None) if point is None else (point.settings, point)
-    settings = _by_hand(model, merge, exits)
-    known = (point for point in model.config.points if point.settings == settings)
-    return settings, next(known, None)
+        return (DENSE, None) if point is None else (point.thresholds, point)
+    thresholds = _by_hand(model, merge, exits)
+    known = (point for point in model.config.points if point.thresholds == thresholds)
+    return thresholds, next(known, None)
 
 
-def _by_hand(model: "StepSegmenter", merge: str | None, exits: str | None) -> Settings:
+def _by_hand(model: "Segmenter", merge: str | None, exits: str | None) -> Thresholds:
     """The model's own settings with what the command line changes."""
-    settings = model.config.settings
+    thresholds = model.config.thresholds
     if merge is not None:
         sizes = model.config.policy.sizes
-        settings = replace(settings, merge=_thresholds("--merge", merge, sizes, "superpatch size"))
+        thresholds = replace(
+            thresholds, merge=_thresholds("--merge", merge, sizes, "superpatch size")
+        )
     if exits is not None:
         after = model.config.vit.exits
-        settings = replace(settings, exits=_thresholds("--exits", exits, after, "exit"))
-    model.config.check(settings)
-    return settings
+        thresholds = replace(thresholds, exits=_thresholds("--exits", exits, after, "exit"))
+    model.config.check(thresholds)
+    return thresholds
 
 
 def _thresholds(option: str, text: str, of: tuple[int, ...], what: str) -> tuple[float, ...]:

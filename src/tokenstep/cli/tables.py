@@ -94,16 +94,16 @@ def calibrated(report: dict[str, Any]) -> Table:
         *("halted,\nshare\nof them", "merge", "exits", "spare"),
     )
     for point in report["points"]:
-        settings = point["settings"]
+        thresholds = point["settings"]
         table.add_row(
             f"{point['loss']:.2f}",
             f"{point['miou']:.4f}",
             f"{point['gmac']:.2f}",
             f"{point['tokens']:.0f}",
             f"{point['halted_share']:.2f}",
-            " ".join(f"{bar:g}" for bar in settings["merge"]) or "off",
-            " ".join(f"{bar:g}" for bar in settings["exits"]) or "off",
-            str(settings["spare"]),
+            " ".join(f"{bar:g}" for bar in thresholds["merge"]) or "off",
+            " ".join(f"{bar:g}" for bar in thresholds["exits"]) or "off",
+            str(thresholds["spare"]),
         )
     dense = report["dense"]
     cost, tokens = f"{dense['gmac']['total']:.2f}", f"{dense['tokens']['start']:.0f}"

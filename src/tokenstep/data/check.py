@@ -22,7 +22,8 @@ from tokenstep.data.labelled_folder import (
     read_classes,
 )
 from tokenstep.data.labels import WrongKind, outside, read_indices
-from tokenstep.data.pictures import is_picture, read_picture, write_text
+from tokenstep.data.pictures import is_picture, read_picture
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 
 SPLITS = ("train", "val", "test")

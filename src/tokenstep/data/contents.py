@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.data.pictures import write_text
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 
 CLASSES = "classes.json"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.faults import class_warnings
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -15,23 +15,23 @@ from tokenstep.explain.sums import FolderSums, ratio
 from tokenstep.explain.views import Rows, depth_name, look
 from tokenstep.measure.quality import require_same_classes
 from tokenstep.measure.reliability import reliability_of
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 STEP = "step"  # the way that is explained; the others are there to hold it against
 
 
-def ways_of(settings: Settings) -> dict[str, Settings]:
-    """The ways that each picture is run in: dense, ``settings``, and their merging alone."""
+def ways_of(thresholds: Thresholds) -> dict[str, Thresholds]:
+    """The ways that each picture is run in: dense, ``thresholds``, and their merging alone."""
     ways = {"dense": DENSE}
-    if settings.merge and settings.exits:
-        ways["merging_alone"] = settings.without_exits()
-    return {**ways, STEP: settings}
+    if thresholds.merge and thresholds.exits:
+        ways["merging_alone"] = thresholds.without_exits()
+    return {**ways, STEP: thresholds}
 
 
 def explain_folder(
-    model: StepSegmenter,
+    model: Segmenter,
     folder: LabelledFolder,
-    settings: Settings,
+    thresholds: Thresholds,
     *,
     on_picture: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -45,18 +45,18 @@ def explain_folder(
             pixel has a label.
     """
     require_same_classes(model, folder)
-    ways = ways_of(settings)
+    ways = ways_of(thresholds)
     sums = FolderSums(model, tuple(ways))
     faults: Rows = []
     for index, path in enumerate(folder.paths):
         try:
             image, label = folder[index]
             others = [
-                model.segment_batch([image], settings=chosen)[0]
+                model.segment_batch([image], thresholds=chosen)[0]
                 for way, chosen in ways.items()
                 if way != STEP
             ]
-            view = look(model, image, settings)
+            view = look(model, image, thresholds)
         except TokenstepError as error:
             faults.append({"file": str(path), "name": path.stem, "error": str(error)})
         else:

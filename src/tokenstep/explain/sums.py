@@ -12,7 +12,7 @@ from tokenstep.explain.views import Rows, View, over_pixels
 from tokenstep.measure.metrics import Tally, interior
 from tokenstep.measure.reliability import bin_sums, sub_cell_labels
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 LEVELS = 16  # more than superpatches have: a side of 2 ** 15 patches
 
@@ -24,7 +24,7 @@ class FolderSums:
     Arrays by way hold the labelled pixels first, then the wrong ones of each way.
     """
 
-    def __init__(self, model: StepSegmenter, ways: Sequence[str]) -> None:
+    def __init__(self, model: Segmenter, ways: Sequence[str]) -> None:
         self.names = model.config.classes
         self.ways = tuple(ways)
         self.patch = model.patch

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.core.unmerge import rows_of_cells, unmerge
 from tokenstep.data.labelled_folder import IGNORE
 from tokenstep.model.result import Result, TokenUse
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.exits import DeepSupervision, confidence_of
 
 Rows = list[dict[str, Any]]  # of a table; one key per column
@@ -39,19 +39,19 @@ class View:
 
 
 @torch.inference_mode()
-def look(model: StepSegmenter, image: Tensor, settings: Settings) -> View:
+def look(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
     """Segment ``image (3, h, w)`` uint8 and keep what each exit saw.
 
-    The exits look on in any case; they halt tokens where ``settings`` have them on.
+    The exits look on in any case; they halt tokens where ``thresholds`` have them on.
 
     Raises:
         TokenstepError: the logits are not finite.
     """
     watch = DeepSupervision(model.exits)
-    result = model.segment_batch([image], settings=settings, reducers=[watch])[0]
+    result = model.segment_batch([image], thresholds=thresholds, reducers=[watch])[0]
     level = torch.from_numpy(result.tokens.level)[None].to(next(model.parameters()).device)
     temperatures = model.config.temperatures or (1.0,) * len(model.exits.after)
-    bars: Sequence[float | None] = settings.exits or (None,) * len(model.exits.after)
+    bars: Sequence[float | None] = thresholds.exits or (None,) * len(model.exits.after)
     views = []
     for after, bar, temperature, (tokens, logits) in zip(
         model.exits.after, bars, temperatures, watch.seen, strict=True

@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenstep.config import DENSE, OperatingPoint, Settings
+from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.contents import FILES, contents, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.data.pictures import write_text
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.choices import Search
 from tokenstep.measure.quality import Run, measure
 from tokenstep.measure.reliability import fit_exits
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
-Measure = Callable[[Settings, LabelledFolder], dict[str, Any]]
+Measure = Callable[[Thresholds, LabelledFolder], dict[str, Any]]
 
 
 def calibrate(
-    model: StepSegmenter,
+    model: Segmenter,
     folder: LabelledFolder,
     notes: Path,
     *,
@@ -61,30 +61,30 @@ def calibrate(
 
     tried = combinations(merges, len(model.exits.after), search)
     rough = []
-    for index, settings in enumerate(tried):
+    for index, thresholds in enumerate(tried):
         progress("search", index, len(tried))
-        rough.append((settings, diary.measure(settings, thin)))
+        rough.append((thresholds, diary.measure(thresholds, thin)))
     others = other_spares(front(rough), search)
-    for index, settings in enumerate(others):
+    for index, thresholds in enumerate(others):
         progress("search", len(tried) + index, len(tried) + len(others))
-        rough.append((settings, diary.measure(settings, thin)))
+        rough.append((thresholds, diary.measure(thresholds, thin)))
     chosen = contenders(rough, search.confirm)
     exact = []
-    for index, settings in enumerate([DENSE, *chosen]):
+    for index, thresholds in enumerate([DENSE, *chosen]):
         progress("confirm", index, len(chosen) + 1)
-        exact.append((settings, diary.measure(settings, folder)))
+        exact.append((thresholds, diary.measure(thresholds, folder)))
     reports = dict(exact)
     best = max(report["miou"] for report in reports.values())
     split = folder.title
     points = tuple(
-        operating_point(settings, reports[settings], best, split=split, images=len(folder))
-        for settings in front(exact)
-        if settings != DENSE
+        operating_point(thresholds, reports[thresholds], best, split=split, images=len(folder))
+        for thresholds in front(exact)
+        if thresholds != DENSE
     )
-    model.config = dataclasses.replace(model.config, points=points, settings=DENSE)
+    model.config = dataclasses.replace(model.config, points=points, thresholds=DENSE)
     point = model.config.point_within(0.5) if points else None
     if point is not None:
-        model.config = dataclasses.replace(model.config, settings=point.settings)
+        model.config = dataclasses.replace(model.config, thresholds=point.thresholds)
     return {
         "split": split,
         "images": len(folder),
@@ -101,7 +101,7 @@ class Diary:
     ``held`` is what the files of the pictures hold: a corrected label is measured anew.
     """
 
-    def __init__(self, path: Path, model: StepSegmenter, held: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, model: Segmenter, held: Mapping[str, str]) -> None:
         self.path = path
         self.model = model
         self.held = held
@@ -117,20 +117,22 @@ class Diary:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise TokenstepError(f"{path}: is no calibration diary; remove it") from error
 
-    def measure(self, settings: Settings, folder: LabelledFolder) -> dict[str, Any]:
-        """The report of ``settings`` on ``folder``: read if it is there, else measured."""
+    def measure(self, thresholds: Thresholds, folder: LabelledFolder) -> dict[str, Any]:
+        """The report of ``thresholds`` on ``folder``: read if it is there, else measured."""
         text = json.dumps(of_folder(folder, self.held))
         data = hashlib.sha256(text.encode()).hexdigest()[:16]
-        key = json.dumps([data, dataclasses.asdict(settings)])
+        key = json.dumps([data, dataclasses.asdict(thresholds)])
         if key not in self.entries:
-            (self.entries[key],) = measure(self.model, folder, [Run(settings)])
+            (self.entries[key],) = measure(self.model, folder, [Run(thresholds)])
             text = json.dumps({"model": self.owner, "entries": self.entries}, indent=1)
             write_text(self.path, text + "\n")
         report: dict[str, Any] = self.entries[key]
         return report
 
 
-def combinations(merges: Sequence[tuple[float, ...]], exits: int, search: Search) -> list[Settings]:
+def combinations(
+    merges: Sequence[tuple[float, ...]], exits: int, search: Search
+) -> list[Thresholds]:
     """All settings to try first but the dense ones: every merging with every way to halt.
 
     A way to halt is one bar for the last 1, 2, ... all exits; a bar of 1 never lets halt.
@@ -139,15 +141,17 @@ def combinations(merges: Sequence[tuple[float, ...]], exits: int, search: Search
     halts += [
         (1.0,) * idle + (bar,) * (exits - idle) for idle in range(exits) for bar in search.bars
     ]
-    every = [Settings(merge, bars, search.spares[0]) for merge in ((), *merges) for bars in halts]
-    return [settings for settings in dict.fromkeys(every) if settings.merge or settings.exits]
+    every = [Thresholds(merge, bars, search.spares[0]) for merge in ((), *merges) for bars in halts]
+    return [
+        thresholds for thresholds in dict.fromkeys(every) if thresholds.merge or thresholds.exits
+    ]
 
 
-def other_spares(settings: Sequence[Settings], search: Search) -> list[Settings]:
-    """Those of ``settings`` that let tokens halt, with each of the search's other spares."""
+def other_spares(thresholds: Sequence[Thresholds], search: Search) -> list[Thresholds]:
+    """Those of ``thresholds`` that let tokens halt, with each of the search's other spares."""
     return [
         dataclasses.replace(one, spare=spare)
-        for one in settings
+        for one in thresholds
         if one.exits
         for spare in search.spares[1:]
     ]
@@ -155,7 +159,7 @@ def other_spares(settings: Sequence[Settings], search: Search) -> list[Settings]
 
 @torch.inference_mode()
 def merge_thresholds(
-    model: StepSegmenter, folder: LabelledFolder, prices: Sequence[float]
+    model: Segmenter, folder: LabelledFolder, prices: Sequence[float]
 ) -> list[tuple[float, ...]]:
     """For each price the merge thresholds, one per size, at which merging pays most.
 
@@ -199,25 +203,27 @@ def best_threshold(scores: Tensor, gains: Tensor) -> float:
     return round(float((scores[order[best]] + below) / 2), 4)
 
 
-def front(measured: Sequence[tuple[Settings, dict[str, Any]]]) -> list[Settings]:
+def front(measured: Sequence[tuple[Thresholds, dict[str, Any]]]) -> list[Thresholds]:
     """The settings that no others beat in both mIoU and GMAC, cheap to dear."""
     kept = []
     best = -1.0
-    for settings, report in sorted(
+    for thresholds, report in sorted(
         measured, key=lambda one: (one[1]["gmac"]["total"], -one[1]["miou"])
     ):
         if report["miou"] > best:
             best = report["miou"]
-            kept.append(settings)
+            kept.append(thresholds)
     return kept
 
 
-def contenders(measured: Sequence[tuple[Settings, dict[str, Any]]], most: int) -> list[Settings]:
+def contenders(
+    measured: Sequence[tuple[Thresholds, dict[str, Any]]], most: int
+) -> list[Thresholds]:
     """The best ``most`` settings: the front, then the front of the rest, and so on.
 
     On few pictures what is nearly on the front may be on it in truth.
     """
-    kept: list[Settings] = []
+    kept: list[Thresholds] = []
     rest = list(measured)
     while rest and len(kept) < most:
         best = front(rest)
@@ -226,28 +232,28 @@ def contenders(measured: Sequence[tuple[Settings, dict[str, Any]]], most: int) -
     return kept
 
 
-def spread(settings: Sequence[Settings], most: int) -> list[Settings]:
+def spread(thresholds: Sequence[Thresholds], most: int) -> list[Thresholds]:
     """At most ``most`` of a front, evenly along it, with both ends."""
-    count = min(most, len(settings))
-    places = torch.linspace(0, len(settings) - 1, count).round().long().tolist()
-    return [settings[place] for place in places]
+    count = min(most, len(thresholds))
+    places = torch.linspace(0, len(thresholds) - 1, count).round().long().tolist()
+    return [thresholds[place] for place in places]
 
 
 def operating_point(
-    settings: Settings,
+    thresholds: Thresholds,
     report: dict[str, Any],
     best: float,
     *,
     split: str,
     images: int,
 ) -> OperatingPoint:
-    """What was measured of ``settings``, beside the ``best`` mIoU on the same pictures.
+    """What was measured of ``thresholds``, beside the ``best`` mIoU on the same pictures.
 
     The best is seldom the dense model's where a model was trained on merged tokens; a loss
     against dense would then promise for free what is not.
     """
     return OperatingPoint(
-        settings=settings,
+        thresholds=thresholds,
         miou=round(report["miou"], 5),
         loss=round(100 * (best - report["miou"]), 3),
         gmac=round(report["gmac"]["total"], 4),

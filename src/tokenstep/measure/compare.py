@@ -6,26 +6,26 @@ from typing import Any
 
 import torch
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.core import partition
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Run, measure
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 SCALES = (0.75, 0.5)  # of the picture's sides: what a user would try first
 
 
 def compare(
-    model: StepSegmenter,
+    model: Segmenter,
     folder: LabelledFolder,
-    settings: Settings,
+    thresholds: Thresholds,
     *,
-    others: Sequence[tuple[str, StepSegmenter]] = (),
+    others: Sequence[tuple[str, Segmenter]] = (),
     on_picture: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """One row per way: dense first, then lower resolution, partitions, halves, and STEP.
 
-    ``settings`` are those that partitions and halves are compared at; every operating point of
+    ``thresholds`` are those that partitions and halves are compared at; every operating point of
     the model follows. ``time_ratio`` is the dense model's time over that of the row, measured in
     this run; ``others`` run dense, after all ways of ``model``.
 
@@ -36,19 +36,19 @@ def compare(
     ways = {"dense": Run()}
     for scale in SCALES:
         ways[f"dense at {scale:g} x the sides"] = Run(scale=scale)
-    if settings.merge:
-        alone = settings.without_exits()
+    if thresholds.merge:
+        alone = thresholds.without_exits()
         tolerance = oracle_tolerance(model, folder.thinned(20), alone)
         ways["random partition"] = Run(alone, "random")
         ways["learned partition (merging alone)"] = Run(alone)
         ways["oracle partition"] = Run(alone, "oracle", tolerance)
-    if settings.exits:
-        ways["exits alone"] = Run(settings.without_merging())
-    ways["STEP"] = Run(settings)
+    if thresholds.exits:
+        ways["exits alone"] = Run(thresholds.without_merging())
+    ways["STEP"] = Run(thresholds)
     for point in model.config.points:
-        if point.settings != settings:
+        if point.thresholds != thresholds:
             lost = f"{point.loss:.2f} points below the best on {point.split}"
-            ways[f"STEP, {lost}"] = Run(point.settings)
+            ways[f"STEP, {lost}"] = Run(point.thresholds)
     reports = measure(model, folder, list(ways.values()), on_picture=on_picture)
     rows = [{"method": name, **report} for name, report in zip(ways, reports, strict=True)]
     for name, other in others:
@@ -63,7 +63,7 @@ def compare(
 
 @torch.inference_mode()
 def oracle_tolerance(
-    model: StepSegmenter, folder: LabelledFolder, settings: Settings, rounds: int = 8
+    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds, rounds: int = 8
 ) -> float:
     """The impurity at which the oracle's partition has as many tokens as the policy's.
 
@@ -73,7 +73,7 @@ def oracle_tolerance(
     wanted = 0
     for image, _ in folder:
         normal = model.normalise([image.to(device)])
-        wanted += int(partition.token_counts(model.partition(normal, settings)).sum())
+        wanted += int(partition.token_counts(model.partition(normal, thresholds)).sum())
 
     def tokens(tolerance: float) -> int:
         return sum(

@@ -7,11 +7,11 @@ from typing import Any
 from tokenstep.data.faults import empty_classes
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Run, measure, require_same_classes
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 
 def evaluate(
-    model: StepSegmenter,
+    model: Segmenter,
     folder: LabelledFolder,
     run: Run,
     *,

@@ -10,14 +10,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition as superpatches
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.choices import Partition
 from tokenstep.measure.metrics import Tally
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
     merges nothing. ``scale`` is that of the picture's sides; the label map is scaled back.
     """
 
-    settings: Settings = DENSE
+    thresholds: Thresholds = DENSE
     partition: Partition = "policy"
     tolerance: float = 0.0
     seed: int = 0
@@ -41,7 +41,7 @@ class Run:
 
 
 def measure(
-    model: StepSegmenter,
+    model: Segmenter,
     folder: LabelledFolder,
     runs: Sequence[Run],
     *,
@@ -67,7 +67,7 @@ def measure(
     return [measured.report(names) for measured in sums]
 
 
-def require_same_classes(model: StepSegmenter, folder: LabelledFolder) -> None:
+def require_same_classes(model: Segmenter, folder: LabelledFolder) -> None:
     """Refuse a folder whose classes are not the model's.
 
     Raises:
@@ -82,24 +82,24 @@ def require_same_classes(model: StepSegmenter, folder: LabelledFolder) -> None:
 
 
 def segment_as(
-    model: StepSegmenter, image: Tensor, label: Tensor, *, run: Run, generator: torch.Generator
+    model: Segmenter, image: Tensor, label: Tensor, *, run: Run, generator: torch.Generator
 ) -> Result:
     """Segment ``image (3, h, w)`` uint8 in one way; ``label (h, w)`` serves the oracle alone."""
     if run.scale != 1:
         size = [max(1, round(side * run.scale)) for side in label.shape]
         small = tvf.resize(image, size, antialias=True)
         level = _partition(model, small, label, run=run, generator=generator)
-        result = model.segment_batch([small], settings=run.settings, level=level)[0]
+        result = model.segment_batch([small], thresholds=run.thresholds, level=level)[0]
         labels = torch.from_numpy(result.labels)[None]
         nearest = InterpolationMode.NEAREST_EXACT
         full = tvf.resize(labels, list(label.shape), interpolation=nearest)[0]
         return replace(result, labels=full.numpy())
     level = _partition(model, image, label, run=run, generator=generator)
-    return model.segment_batch([image], settings=run.settings, level=level)[0]
+    return model.segment_batch([image], thresholds=run.thresholds, level=level)[0]
 
 
 def _partition(
-    model: StepSegmenter, image: Tensor, label: Tensor, *, run: Run, generator: torch.Generator
+    model: Segmenter, image: Tensor, label: Tensor, *, run: Run, generator: torch.Generator
 ) -> Tensor | None:
     """The partition to use in the policy's place, or None for the policy's own."""
     sizes = model.config.policy.sizes
@@ -122,7 +122,7 @@ def _partition(
         case "random":
             with torch.inference_mode():
                 normal = model.normalise([image.to(device)])
-                learned = model.partition(normal, run.settings)
+                learned = model.partition(normal, run.thresholds)
             return superpatches.shuffled(learned, sizes, generator)
 
 

@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.core.partition import padded_labels
 from tokenstep.core.unmerge import unmerge
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.exits import DeepSupervision
 
 
 @torch.inference_mode(False)
 def fit_exits(
-    model: StepSegmenter, folder: LabelledFolder, merge: tuple[float, ...]
+    model: Segmenter, folder: LabelledFolder, merge: tuple[float, ...]
 ) -> dict[str, dict[str, Any]]:
     """Temperature of each exit, and its reliability before and after, on merged tokens."""
-    logits, labels = exit_logits(model, folder, Settings(merge))
+    logits, labels = exit_logits(model, folder, Thresholds(merge))
     report = {}
     for after, found in zip(model.exits.after, logits, strict=True):
         temperature = round(fit_temperature(found, labels), 3)
@@ -34,7 +34,7 @@ def fit_exits(
 
 @torch.no_grad()
 def exit_logits(
-    model: StepSegmenter, folder: LabelledFolder, settings: Settings, most: int = 200_000
+    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds, most: int = 200_000
 ) -> tuple[list[Tensor], Tensor]:
     """Logits ``(N, C)`` of each exit and labels ``(N,)`` at evenly drawn sub-cells of a folder."""
     device = next(model.parameters()).device
@@ -43,7 +43,7 @@ def exit_logits(
     generator = torch.Generator().manual_seed(0)
     for image, label in folder:
         watch = DeepSupervision(model.exits)
-        out = model([image.to(device)], settings=settings, reducers=[watch])
+        out = model([image.to(device)], thresholds=thresholds, reducers=[watch])
         spreads = [unmerge(tokens, found, out.level)[0] for tokens, found in watch.seen]
         target = sub_cell_labels(label, model.patch, spreads[0].shape[:2]).flatten()
         valid = (target != IGNORE).nonzero().flatten()

@@ -18,14 +18,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from tokenstep.config import DENSE, Settings, VitConfig
+from tokenstep.config import DENSE, Thresholds, VitConfig
 from tokenstep.data.augment import to_float
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
-from tokenstep.runtimes.rivals import MakeRival, Rival
+from tokenstep.model.segmenter import Segmenter
+from tokenstep.runtimes.dense import MakeRuntime, Rival
 
 SCOPES = ("model", "end_to_end")
 WINDOW, AGREE, PATIENCE = 5, 0.02, 8  # rounds; until medians agree so; or after so many windows
@@ -43,12 +43,12 @@ Way = Callable[[Sequence[Tensor]], Spent]  # segments uint8 pictures (3, h, w), 
 
 
 def bench(
-    model: StepSegmenter,
+    model: Segmenter,
     paths: Sequence[Path],
     case: Case,
-    settings: Settings,
+    thresholds: Thresholds,
     *,
-    rivals: Mapping[str, MakeRival] = MappingProxyType({}),
+    rivals: Mapping[str, MakeRuntime] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
     """One row per way and scope, dense first; the ways take turns for ``seconds`` each, or once.
@@ -65,7 +65,7 @@ def bench(
     """
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
-    runs = ways(model, case, settings) | {
+    runs = ways(model, case, thresholds) | {
         name: _other(make(model, case.size, case.batch), device) for name, make in rivals.items()
     }
     rows = []
@@ -105,13 +105,13 @@ def against(dense: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]:
+def ways(model: Segmenter, case: Case, thresholds: Thresholds) -> dict[str, Way]:
     """Every way of ``model`` itself to run a case, by its name; dense is the first."""
     half = [max(1, side // 2) for side in case.size]
 
-    def own(settings: Settings) -> Way:
+    def own(thresholds: Thresholds) -> Way:
         def run(pictures: Sequence[Tensor]) -> Spent:
-            return _spent(model.segment_batch(pictures, settings=settings))
+            return _spent(model.segment_batch(pictures, thresholds=thresholds))
 
         return run
 
@@ -119,7 +119,7 @@ def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]
         start = perf_counter()
         small = [tvf.resize(one, half, antialias=True) for one in pictures]
         shrunk = perf_counter()
-        results = model.segment_batch(small, settings=DENSE)
+        results = model.segment_batch(small, thresholds=DENSE)
         ended = perf_counter()
         for result in results:
             labels = torch.from_numpy(result.labels)[None]
@@ -128,7 +128,7 @@ def ways(model: StepSegmenter, case: Case, settings: Settings) -> dict[str, Way]
         spent = _spent(results)
         return replace(spent, stages={"scale": scaling} | spent.stages)
 
-    return {"dense": own(DENSE), "STEP": own(settings), "dense at 0.5 x the sides": at_half}
+    return {"dense": own(DENSE), "STEP": own(thresholds), "dense at 0.5 x the sides": at_half}
 
 
 def _other(rival: Rival, device: torch.device) -> Way:
@@ -239,7 +239,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polynomial.Polynomial.fit(np.log(x), np.log(y), 1).convert().coef[1])
 
 
-def with_backbone(model: StepSegmenter, name: str) -> StepSegmenter:
+def with_backbone(model: Segmenter, name: str) -> Segmenter:
     """A model of the timm ViT ``name`` with random weights and the policy of ``model``.
 
     Raises:
@@ -247,9 +247,9 @@ def with_backbone(model: StepSegmenter, name: str) -> StepSegmenter:
     """
     config = model.config
     cells = config.vit.cells
-    other = replace(config, vit=VitConfig(name, cells=cells), settings=DENSE, points=())
+    other = replace(config, vit=VitConfig(name, cells=cells), thresholds=DENSE, points=())
     try:
-        built = StepSegmenter(replace(other, temperatures=()))
+        built = Segmenter(replace(other, temperatures=()))
     except ValueError as error:
         raise TokenstepError(f"--backbone {name}: {error}") from error
     if built.patch != model.patch:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenstep.config import ModelConfig
 from tokenstep.data.labelled_folder import Classes
-from tokenstep.data.pictures import write_text
+from tokenstep.data.whole_files import write_text
 from tokenstep.train.recipe import Phase, PolicyRecipe, SegmenterRecipe
 
 CARD = "README.md"

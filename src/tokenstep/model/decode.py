@@ -13,7 +13,7 @@ from tokenstep.core import ragged
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import sub_cell_index
-from tokenstep.model.encoder import EncoderSettings, run_block
+from tokenstep.model.encoder import BlockSettings, run_block
 
 
 class LinearDecoder(nn.Module):
@@ -38,12 +38,12 @@ class MaskDecoder(nn.Module):
     """
 
     def __init__(
-        self, dim: int, classes: int, side: int, *, heads: int, settings: EncoderSettings
+        self, dim: int, classes: int, side: int, *, heads: int, thresholds: BlockSettings
     ) -> None:
         super().__init__()
         self.classes = classes
         self.sub_cells = side**2
-        self.settings = settings
+        self.thresholds = thresholds
         self.class_embedding = nn.Parameter(torch.randn(classes, dim) * 0.02)
         self.project = nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(2))
@@ -67,7 +67,7 @@ class MaskDecoder(nn.Module):
         segments = Segments.of(joined.offsets)
         for block in self.blocks:
             joined = joined.with_features(
-                run_block(cast(Block, block), joined, segments, self.settings)
+                run_block(cast(Block, block), joined, segments, self.thresholds)
             )
         x = self.norm(joined.x)
         own = torch.unflatten(self.token_project(x[place]), 1, (self.sub_cells, -1))

@@ -30,7 +30,7 @@ from tokenstep.reducers.base import Reducer, apply
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderSettings:
+class BlockSettings:
     """How the encoder runs; none of it changes a weight."""
 
     backend: Backend = "auto"
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         ValueError: the ViT has a part that packed tokens cannot run, by name.
     """
 
-    def __init__(self, vit: VisionTransformer, settings: EncoderSettings) -> None:
+    def __init__(self, vit: VisionTransformer, settings: BlockSettings) -> None:
         super().__init__()
         require_supported(vit)
         self.blocks = vit.blocks
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
 
 
 def run_block(
-    block: Block, tokens: PackedTokens, segments: Segments, settings: EncoderSettings
+    block: Block, tokens: PackedTokens, segments: Segments, settings: BlockSettings
 ) -> Tensor:
     """Features ``(T, D)`` after one timm block over packed tokens."""
     size = tokens.size if settings.size_bias else None

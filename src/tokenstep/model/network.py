@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenstep.config import ModelConfig, Settings
+from tokenstep.config import ModelConfig, Thresholds
 from tokenstep.core import partition as superpatches
 from tokenstep.core.attention import Backend
 from tokenstep.core.tokens import PackedTokens
@@ -20,10 +20,10 @@ from tokenstep.data.augment import to_float
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.model.decode import LinearDecoder, MaskDecoder, label_map
-from tokenstep.model.encoder import Encoder, EncoderSettings, require_supported
+from tokenstep.model.encoder import BlockSettings, Encoder, require_supported
 from tokenstep.model.result import Segmented
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed, Tokeniser
-from tokenstep.policies.dcts import Policy, Sight
+from tokenstep.policies.dcts import Policy, PolicyFeatures
 from tokenstep.reducers.base import Halt, Reducer
 from tokenstep.reducers.exits import EarlyPruning, ExitHeads
 
@@ -50,7 +50,7 @@ class Sights:
         self.normal = normal
 
     @cached_property
-    def groups(self) -> list[tuple[list[int], Sight]]:
+    def groups(self) -> list[tuple[list[int], PolicyFeatures]]:
         """Places in the batch of pictures of one size, and what was seen of them."""
         groups = []
         with torch.no_grad():
@@ -97,7 +97,7 @@ class Sights:
         return context
 
 
-class StepNetwork(nn.Module):
+class Segmenter(nn.Module):
     """A plain ViT segmenter with dCTS supertokens and early pruning: tensors in, logits out.
 
     Raises:
@@ -114,7 +114,7 @@ class StepNetwork(nn.Module):
         patch = int(vit.patch_embed.patch_size[0])
         self.patch = patch
         dim, cells = int(vit.embed_dim), config.vit.cells
-        run = EncoderSettings(size_bias=config.vit.size_bias)
+        run = BlockSettings(size_bias=config.vit.size_bias)
         embed: nn.Module = LinearEmbed(vit.patch_embed)
         if config.vit.stem == "conv":
             embed = ConvEmbed(patch, dim)
@@ -132,7 +132,7 @@ class StepNetwork(nn.Module):
         self.decoder: nn.Module = LinearDecoder(dim, classes, cells)
         if config.vit.decoder == "mask":
             heads = vit.blocks[0].attn.num_heads
-            self.decoder = MaskDecoder(dim, classes, cells, heads=heads, settings=run)
+            self.decoder = MaskDecoder(dim, classes, cells, heads=heads, thresholds=run)
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
@@ -140,7 +140,7 @@ class StepNetwork(nn.Module):
         self,
         pictures: Pictures,
         *,
-        settings: Settings | None = None,
+        thresholds: Thresholds | None = None,
         level: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
     ) -> Segmented:
@@ -148,14 +148,14 @@ class StepNetwork(nn.Module):
 
         They are uint8, or float in 0..1.
 
-        ``settings`` default to the model's own; ``level (B, H, W)`` replaces the policy's
+        ``thresholds`` default to the model's own; ``level (B, H, W)`` replaces the policy's
         partition; ``reducers`` are asked after each block before the exits are.
         """
-        settings = self.config.settings if settings is None else settings
+        thresholds = self.config.thresholds if thresholds is None else thresholds
         normal = self.normalise(pictures)
         sights = self.look(normal)
-        level = self.partition(normal, settings, sights) if level is None else level
-        return self.encode(normal, level, settings=settings, sights=sights, reducers=reducers)
+        level = self.partition(normal, thresholds, sights) if level is None else level
+        return self.encode(normal, level, thresholds=thresholds, sights=sights, reducers=reducers)
 
     def normalise(self, pictures: Pictures) -> list[Tensor]:
         """Subtract the mean and divide by the standard deviation, picture by picture.
@@ -176,12 +176,12 @@ class StepNetwork(nn.Module):
         return Sights(self.policy, normal)
 
     def partition(
-        self, normal: Sequence[Tensor], settings: Settings, sights: Sights | None = None
+        self, normal: Sequence[Tensor], thresholds: Thresholds, sights: Sights | None = None
     ) -> Tensor:
         """The policy's partition ``(B, H, W)`` of normalised pictures; none without merging."""
         grids = [superpatches.grid_of(picture.shape[-2:], self.patch) for picture in normal]
         level = superpatches.uniform(grids, normal[0].device)
-        if not settings.merge:
+        if not thresholds.merge:
             return level
         sights = self.look(normal) if sights is None else sights
         for members, sight in sights.groups:
@@ -189,13 +189,13 @@ class StepNetwork(nn.Module):
             level[members, :height, :width] = superpatches.from_scores(
                 self.scores(sight),
                 self.config.policy.sizes,
-                settings.merge,
+                thresholds.merge,
                 level[members, :height, :width],
             )
         return level
 
     @torch.no_grad()
-    def scores(self, sight: Sight) -> list[Tensor]:
+    def scores(self, sight: PolicyFeatures) -> list[Tensor]:
         """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size, no gradient.
 
         Raises:
@@ -213,7 +213,7 @@ class StepNetwork(nn.Module):
         normal: Sequence[Tensor],
         level: Tensor,
         *,
-        settings: Settings,
+        thresholds: Thresholds,
         sights: Sights | None = None,
         reducers: Sequence[Reducer] = (),
         lap: Lap = untimed,
@@ -226,10 +226,10 @@ class StepNetwork(nn.Module):
         tokens = self.tokenise(normal, level, context)
         lap("embed")
         pruning = None
-        if settings.exits:
+        if thresholds.exits:
             temperatures = self.config.temperatures
             pruning = EarlyPruning(
-                self.exits, settings.exits, settings.spare, temperatures=temperatures
+                self.exits, thresholds.exits, thresholds.spare, temperatures=temperatures
             )
         timed = _TimedExits(self.exits.after, pruning, lap)
         tokens, live = self.encoder(tokens, [*reducers, timed])

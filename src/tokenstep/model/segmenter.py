@@ -14,27 +14,29 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor
 
-from tokenstep.config import DENSE, ModelConfig, Settings, from_dict
+from tokenstep.config import DENSE, ModelConfig, Thresholds
 from tokenstep.core.partition import grid_of, token_counts
 from tokenstep.core.unmerge import layer_of_cells
-from tokenstep.data.pictures import Picture, picture_tensor, write_text
+from tokenstep.data.pictures import Picture, picture_tensor
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.model import cost
 from tokenstep.model.card import model_card
 from tokenstep.model.cost import Cost
-from tokenstep.model.network import StepNetwork
+from tokenstep.model.network import Segmenter
 from tokenstep.model.result import Result, Segmented, TokenUse, first_cells
 from tokenstep.model.weight_files import save_weights
 from tokenstep.reducers.base import Reducer
+from tokenstep.typed import from_dict
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _NO_LISTS = (str, bytes, bytearray, memoryview)  # sequences, but one picture or none
 
 
-class StepSegmenter(
-    StepNetwork, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
+class Segmenter(
+    Segmenter, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
 ):
     """A plain ViT segmenter with dCTS supertokens and early pruning (STEP, arXiv 2509.14165).
 
@@ -52,7 +54,7 @@ class StepSegmenter(
         self,
         pictures: Picture | Sequence[Picture],
         *,
-        settings: Settings | None = None,
+        settings: Thresholds | None = None,
         max_loss: float | None = None,
         max_side: MaxSide = "auto",
     ) -> Result | list[Result]:
@@ -63,7 +65,7 @@ class StepSegmenter(
         gives a list. Pictures of a larger side than ``max_side`` are scaled down to it first, and
         their label maps back (``result.scaled_to`` says so): "auto" is the scale that the model was
         trained at, if it has one (``config.long_side``), None takes pictures as they are.
-        ``settings`` default to the model's own; ``Settings()`` is the dense model. ``max_loss``
+        ``thresholds`` default to the model's own; ``Thresholds()`` is the dense model. ``max_loss``
         takes the cheapest operating point that was measured to lose at most so many points of
         mIoU instead; 0 is dense.
 
@@ -92,7 +94,7 @@ class StepSegmenter(
         self,
         pictures: Sequence[Picture],
         *,
-        settings: Settings | None = None,
+        settings: Thresholds | None = None,
         level: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
     ) -> list[Result]:
@@ -104,8 +106,8 @@ class StepSegmenter(
         if not pictures:
             return []
         settings = self.config.settings if settings is None else settings
-        if not isinstance(settings, Settings):
-            kinds = "give tokenstep.Settings(...); Settings() is the dense model"
+        if not isinstance(settings, Thresholds):
+            kinds = "give tokenstep.Thresholds(...); Thresholds() is the dense model"
             raise TokenstepError(f"settings is {settings!r}: {kinds}")
         device = cast(Tensor, self.mean).device
         clock = _Clock(device)
@@ -223,7 +225,7 @@ class StepSegmenter(
         local_files_only: bool,
         token: str | bool | None,
         config: dict[str, Any] | None = None,
-    ) -> "StepSegmenter":
+    ) -> "Segmenter":
         """Load safetensors, and nothing else: the mixin's own method may unpickle."""
         if config is None:
             raise TokenstepError(f"{model_id}: holds no model ({CONFIG} is missing)")

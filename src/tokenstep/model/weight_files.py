@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
-from tokenstep.data.pictures import write_whole
+from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import TokenstepError
 
 

@@ -23,7 +23,7 @@ STRIDE = 32  # the picture is padded to whole strides, so that every trunk's map
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class PolicyFeatures:
     """What the policy's CNN saw of pictures of one size."""
 
     maps: list[Tensor]  # features of the trunk, fine to coarse
@@ -64,16 +64,16 @@ class Policy(nn.Module):
         """
         return self.score(self.look(images))
 
-    def look(self, images: Tensor) -> Sight:
+    def look(self, images: Tensor) -> PolicyFeatures:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
         grid = grid_of(images.shape[2:], self.patch)
         whole = self.whole(grid)
         read = self.read(images, whole)
         # Channels last in memory, as is then all that the CNN makes of it: on a CPU half the time.
         maps = list(self.trunk(read.contiguous(memory_format=torch.channels_last)))
-        return Sight(maps, self.fuse(maps, whole), grid, whole)
+        return PolicyFeatures(maps, self.fuse(maps, whole), grid, whole)
 
-    def score(self, sight: Sight) -> list[Tensor]:
+    def score(self, sight: PolicyFeatures) -> list[Tensor]:
         """Logit maps of :meth:`forward` from what was seen."""
         grid, fused = sight.grid, sight.fused
         scores = []
@@ -135,7 +135,7 @@ class Policy(nn.Module):
         trunk: list[int] = cast(Any, self.trunk).feature_info.channels()
         return self.config.width + sum(trunk)
 
-    def features(self, sight: Sight) -> Tensor:
+    def features(self, sight: PolicyFeatures) -> Tensor:
         """What was seen, on the patch grid: ``(B, channels, H, W)``."""
         height, width = sight.grid
         maps = [

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.model.decode import LinearDecoder
-from tokenstep.model.network import StepNetwork
+from tokenstep.model.network import Segmenter
 from tokenstep.model.positions import resampled
 from tokenstep.model.supertokens import ConvEmbed, LinearEmbed
 
 Rival = Callable[[Tensor], Tensor]
-MakeRival = Callable[[StepNetwork, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
+MakeRuntime = Callable[[Segmenter, tuple[int, int], int], Rival]  # for pictures (h, w), a batch
 
 
-class DenseTwin(nn.Module):
+class DenseGraph(nn.Module):
     """The dense model on pictures of one size ``(h, w)``, as a plain graph of tensors.
 
     Raises:
         TokenstepError: the model has a decoder that is not linear.
     """
 
-    def __init__(self, model: StepNetwork, size: tuple[int, int]) -> None:
+    def __init__(self, model: Segmenter, size: tuple[int, int]) -> None:
         super().__init__()
         if not isinstance(model.decoder, LinearDecoder):
             raise TokenstepError("only models with a linear decoder have a plain dense twin")
@@ -97,17 +97,17 @@ class DenseTwin(nn.Module):
         return full.argmax(1).to(torch.uint8)[:, : self.size[0], : self.size[1]]
 
 
-def torch_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def eager(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in eager mode."""
-    return DenseTwin(model, size).eval()
+    return DenseGraph(model, size).eval()
 
 
-def compiled_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def compiled(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin under ``torch.compile``."""
-    return cast(Rival, torch.compile(DenseTwin(model, size).eval()))
+    return cast(Rival, torch.compile(DenseGraph(model, size).eval()))
 
 
-def onnx_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def onnx_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in ONNX Runtime, on the CPU with torch's number of threads."""
     import onnxruntime
 
@@ -115,13 +115,13 @@ def onnx_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     with TemporaryDirectory() as folder:
-        path = export(DenseTwin(model, size).eval(), batch, Path(folder))
+        path = export(DenseGraph(model, size).eval(), batch, Path(folder))
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (one.name for one in session.get_inputs())
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def openvino_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Rival:
+def openvino_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Rival:
     """The twin in OpenVINO, on the CPU in fp32 with torch's number of threads."""
     import openvino
 
@@ -131,7 +131,7 @@ def openvino_rival(model: StepNetwork, size: tuple[int, int], batch: int) -> Riv
         "PERFORMANCE_HINT": "LATENCY",
     }
     with TemporaryDirectory() as folder:
-        path = export(DenseTwin(model, size).eval(), batch, Path(folder))
+        path = export(DenseGraph(model, size).eval(), batch, Path(folder))
         compiled = openvino.Core().compile_model(path, "CPU", settings)
     return partial(_run_openvino, compiled)
 
@@ -140,7 +140,7 @@ def _run_openvino(compiled: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(compiled([images.numpy()])[0])
 
 
-def export(twin: DenseTwin, batch: int, folder: Path) -> Path:
+def export(twin: DenseGraph, batch: int, folder: Path) -> Path:
     """Write the twin as ONNX for batches of ``batch`` and return the file."""
     path = folder / "dense.onnx"
     images = torch.rand(batch, 3, *twin.size)
@@ -148,9 +148,9 @@ def export(twin: DenseTwin, batch: int, folder: Path) -> Path:
     return path
 
 
-MAKERS: dict[str, MakeRival] = {  # of `choices.RIVALS`
-    "torch": torch_rival,
-    "compile": compiled_rival,
-    "onnx": onnx_rival,
-    "openvino": openvino_rival,
+RUNTIMES: dict[str, MakeRuntime] = {  # of `choices.RIVALS`
+    "torch": eager,
+    "compile": compiled,
+    "onnx": onnx_runtime,
+    "openvino": openvino_runtime,
 }

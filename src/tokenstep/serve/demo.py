@@ -15,10 +15,11 @@ from PIL import Image
 from tokenstep.cli import tables
 from tokenstep.cli.options import choose
 from tokenstep.config import DENSE
-from tokenstep.data.pictures import picture_size, write_text
+from tokenstep.data.pictures import picture_size
 from tokenstep.data.scaling import MaxSide, side_for
+from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.files import Report, SegmentJob, segment_files
 from tokenstep.serve.reports import classes_of, header
 from tokenstep.terminal import as_json
@@ -34,7 +35,7 @@ class Demo:
     "auto" is each model's own scale, None takes them as they are.
     """
 
-    models: Mapping[str, StepSegmenter]
+    models: Mapping[str, Segmenter]
     max_side: MaxSide = "auto"
 
     def side(self, name: str) -> int | None:
@@ -54,21 +55,21 @@ class Shown:
     downloads: tuple[Path, ...]  # label map, overlay, token map, report
 
 
-def warm_up(model: StepSegmenter) -> None:
+def warm_up(model: Segmenter) -> None:
     """Run a model once each way, so that no picture's time holds what only a first call costs."""
     blank = torch.zeros(3, 256, 256, dtype=torch.uint8)
-    for settings in (model.config.settings, DENSE):
-        model.segment_batch([blank], settings=settings)
+    for thresholds in (model.config.thresholds, DENSE):
+        model.segment_batch([blank], thresholds=thresholds)
 
 
-def knob_of(model: StepSegmenter) -> tuple[float, float]:
+def knob_of(model: Segmenter) -> tuple[float, float]:
     """The knob's largest value, and where it starts, in points of mIoU."""
     points = model.config.points
     top = max(1, math.ceil(max((point.loss for point in points), default=0)))
     return float(top), 0.5 if points else 0.0
 
 
-def promise(model: StepSegmenter, max_loss: float) -> str:
+def promise(model: Segmenter, max_loss: float) -> str:
     """Which operating point the knob takes, and what that was measured to lose.
 
     Raises:
@@ -91,13 +92,13 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
             picture does not fit in memory; names the file as it was uploaded.
     """
     model = demo.models[name]
-    settings, point = choose(model, max_loss=max_loss)
+    thresholds, point = choose(model, max_loss=max_loss)
     side = demo.side(name)
     try:
         picture_size(upload, max_pixels=MAX_PIXELS)
         # STEP goes first: what a first call at this size costs is on our side of the comparison.
-        step = _segment(model, upload, SegmentJob(out / "step", settings, max_side=side))
-        if settings == DENSE:
+        step = _segment(model, upload, SegmentJob(out / "step", thresholds, max_side=side))
+        if thresholds == DENSE:
             dense = step
             shutil.copytree(out / "step", out / "dense")
         else:
@@ -111,7 +112,7 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
     report = {
         "file": upload.name,
         "uploaded_size": [step["width"], step["height"]],
-        **header(name, model.config, settings, point),
+        **header(name, model.config, thresholds, point),
         "classes": classes_of(model.config),
         "max_loss": max_loss,
         "max_side": side,
@@ -131,7 +132,7 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
     )
 
 
-def machine_of(model: StepSegmenter) -> str:
+def machine_of(model: Segmenter) -> str:
     """What a model runs on, in words."""
     device = next(model.parameters()).device
     return str(device) if device.type != "cpu" else f"CPU threads: {torch.get_num_threads()}"
@@ -162,7 +163,7 @@ def figures(report: Mapping[str, Any]) -> str:
     return "\n".join(table)
 
 
-def _segment(model: StepSegmenter, picture: Path, job: SegmentJob) -> Report:
+def _segment(model: Segmenter, picture: Path, job: SegmentJob) -> Report:
     (entry,) = segment_files(model, [picture], job)
     if "error" in entry:
         raise TokenstepError(entry["error"])

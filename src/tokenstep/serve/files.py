@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenstep.config import DENSE, Settings
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.draw import overlay, palette_image, token_map
-from tokenstep.data.pictures import read_picture, to_tensor, write_whole
+from tokenstep.data.pictures import read_picture, to_tensor
 from tokenstep.data.scaling import scaled_down
+from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import TokenstepError
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.windows import WINDOW, fits, segment_tiled
 
 Report = dict[str, Any]
@@ -39,7 +40,7 @@ class SegmentJob:
     """
 
     out: Path
-    settings: Settings
+    thresholds: Thresholds
     batch: int = 1
     max_side: int | None = None
     compare: bool = False
@@ -62,7 +63,7 @@ class _Segmented:
     dense: Result | None  # where the job compares
 
 
-def segment_files(model: StepSegmenter, paths: Sequence[Path], job: SegmentJob) -> Iterator[Report]:
+def segment_files(model: Segmenter, paths: Sequence[Path], job: SegmentJob) -> Iterator[Report]:
     """Segment files and write ``NAME.labels.png``, ``NAME.overlay.jpg`` and ``NAME.tokens.jpg``.
 
     Yields one entry per picture in the order of ``paths``, whose ``name`` is the NAME of its
@@ -178,7 +179,7 @@ def _read(path: Path, name: str, max_side: int | None) -> Report | _Picture:
 
 
 def _segment_group(
-    model: StepSegmenter, group: Sequence[Report | _Picture], job: SegmentJob
+    model: Segmenter, group: Sequence[Report | _Picture], job: SegmentJob
 ) -> list[Report | _Segmented]:
     """Segment what could be read of a group."""
     done = iter(_segment(model, [one for one in group if isinstance(one, _Picture)], job))
@@ -186,7 +187,7 @@ def _segment_group(
 
 
 def _segment(
-    model: StepSegmenter, pictures: Sequence[_Picture], job: SegmentJob
+    model: Segmenter, pictures: Sequence[_Picture], job: SegmentJob
 ) -> list[Report | _Segmented]:
     """Segment a batch; if that fails, each picture alone, so that the others go on."""
     if not pictures:
@@ -201,7 +202,7 @@ def _segment(
         dense: Sequence[Result | None] = [None] * len(images)
         if job.compare:
             dense = _results(model, images, DENSE, tile)
-        results = _results(model, images, job.settings, tile)
+        results = _results(model, images, job.thresholds, tile)
     except TokenstepError as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
@@ -216,12 +217,12 @@ def _segment(
 
 
 def _results(
-    model: StepSegmenter, images: Sequence[Tensor], settings: Settings, tile: int | None
+    model: Segmenter, images: Sequence[Tensor], thresholds: Thresholds, tile: int | None
 ) -> list[Result]:
     """Results of a batch, or of one picture after the other in windows of ``tile``."""
     if tile is None or all(max(image.shape) <= tile for image in images):
-        return model.segment_batch(images, settings=settings)
-    return [segment_tiled(model, image, side=tile, settings=settings) for image in images]
+        return model.segment_batch(images, thresholds=thresholds)
+    return [segment_tiled(model, image, side=tile, thresholds=thresholds) for image in images]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from tokenstep import __version__
-from tokenstep.config import ModelConfig, OperatingPoint, Settings
-from tokenstep.data.pictures import write_text
+from tokenstep.config import ModelConfig, OperatingPoint, Thresholds
+from tokenstep.data.whole_files import write_text
 from tokenstep.terminal import as_json
 
 PAUSE = 1.0  # seconds between two writings, at least
@@ -19,25 +19,25 @@ Entry = dict[str, Any]
 
 
 def header(
-    model: str, config: ModelConfig, settings: Settings, point: OperatingPoint | None
+    model: str, config: ModelConfig, thresholds: Thresholds, point: OperatingPoint | None
 ) -> dict[str, Any]:
     """What ran: the model by its name, and what it ran at.
 
-    ``thresholds`` names each of ``settings`` by what it is of: merging by the side of the
+    ``thresholds`` names each of ``thresholds`` by what it is of: merging by the side of the
     superpatch in patches, exits by the blocks that have run.
     """
     bars = {
         what: dict(zip(map(str, of), given, strict=True)) if given else {}
         for what, of, given in (
-            ("merge", config.policy.sizes, settings.merge),
-            ("exits", config.vit.exits, settings.exits),
+            ("merge", config.policy.sizes, thresholds.merge),
+            ("exits", config.vit.exits, thresholds.exits),
         )
     }
     return {
         "model": model,
         "version": __version__,
-        "thresholds": {**bars, "spare": settings.spare},
-        "settings": asdict(settings),
+        "thresholds": {**bars, "spare": thresholds.spare},
+        "settings": asdict(thresholds),
         "point": point and asdict(point),
     }
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.core.attention import pick_backend
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.machine import available_bytes
 from tokenstep.model.cost import Cost
 from tokenstep.model.result import Result, TokenUse, first_cells
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 
 WINDOW = 2048  # px, side of the windows of a picture that does not fit in memory
 # What a dense batch holds at its peak, from above (measured: docs/performance.md): floats of each
@@ -41,12 +41,12 @@ class Span(NamedTuple):
     last: int  # exclusive, as ``end``
 
 
-def unit_of(model: StepSegmenter) -> int:
+def unit_of(model: Segmenter) -> int:
     """Pixels a side of the largest superpatch, in whose multiples windows are laid."""
     return model.patch * max(model.config.policy.sizes, default=1)
 
 
-def require_side(model: StepSegmenter, side: int) -> None:
+def require_side(model: Segmenter, side: int) -> None:
     """Refuse windows too small for a model.
 
     Raises:
@@ -77,7 +77,7 @@ def spans(length: int, side: int, unit: int) -> list[Span]:
     return [Span(*one) for one in zip(starts, ends, [0, *cuts], [*cuts, length], strict=True)]
 
 
-def fits(model: StepSegmenter, pictures: Sequence[Tensor]) -> bool:
+def fits(model: Segmenter, pictures: Sequence[Tensor]) -> bool:
     """Whether a batch ``(3, h, w)`` fits into the memory that is free, where that is known.
 
     A single picture within one window is always tried as it is.
@@ -88,7 +88,7 @@ def fits(model: StepSegmenter, pictures: Sequence[Tensor]) -> bool:
     return free is None or needed_bytes(model, pictures) < free
 
 
-def needed_bytes(model: StepSegmenter, pictures: Sequence[Tensor]) -> int:
+def needed_bytes(model: Segmenter, pictures: Sequence[Tensor]) -> int:
     """What a dense batch ``(3, h, w)`` holds at its peak, estimated from above."""
     grids = [grid_of(picture.shape[-2:], model.patch) for picture in pictures]
     cells = [rows * columns for rows, columns in grids]
@@ -104,11 +104,11 @@ def needed_bytes(model: StepSegmenter, pictures: Sequence[Tensor]) -> int:
 
 @torch.inference_mode()
 def segment_tiled(
-    model: StepSegmenter, picture: Tensor, *, side: int, settings: Settings, batch: int = 1
+    model: Segmenter, picture: Tensor, *, side: int, thresholds: Thresholds, batch: int = 1
 ) -> Result:
     """Segment ``picture (3, h, w)`` in windows of at most ``side`` pixels, ``batch`` at a time.
 
-    A picture that fits into one window gives what :meth:`StepSegmenter.segment` gives. Tokens,
+    A picture that fits into one window gives what :meth:`Segmenter.segment` gives. Tokens,
     GMAC (the dense ones too) and milliseconds are sums over all windows, overlaps included.
 
     Raises:
@@ -125,7 +125,7 @@ def segment_tiled(
             picture[:, rows.start : rows.end, columns.start : columns.end]
             for rows, columns in places[number : number + batch]
         ]
-        results += model.segment_batch(windows, settings=settings)
+        results += model.segment_batch(windows, thresholds=thresholds)
     return _joined(places, results, (height, width))
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
 
-from tokenstep.data.pictures import require_writable, sweep
+from tokenstep.data.whole_files import require_writable, sweep
 from tokenstep.errors import TokenstepError
 
 NAME = ".lock"

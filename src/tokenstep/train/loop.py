@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from tokenstep.data.pictures import write_whole
+from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import Terminated, TokenstepError
 from tokenstep.model.weight_files import save_weights
 from tokenstep.train.phase import PhaseModule

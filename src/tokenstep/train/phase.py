@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from tokenstep.config import Settings
+from tokenstep.config import Thresholds
 from tokenstep.core.partition import padded_labels
 from tokenstep.data.augment import TrainTransform
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.metrics import confusion_matrix, iou_of
-from tokenstep.model.segmenter import StepSegmenter
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.dcts import Policy
 from tokenstep.reducers.exits import DeepSupervision
 from tokenstep.train.losses import (
@@ -143,13 +143,13 @@ class PolicyModule(PhaseModule):
 
 
 class SegmenterModule(PhaseModule):
-    """Trains a :class:`StepSegmenter` with its policy frozen, on merged tokens."""
+    """Trains a :class:`Segmenter` with its policy frozen, on merged tokens."""
 
     heads = ("model.exits.", "model.decoder.", "model.tokenise.context.")
     looks = True
 
     def __init__(
-        self, recipe: SegmenterRecipe, number: int, model: StepSegmenter, weight: Tensor
+        self, recipe: SegmenterRecipe, number: int, model: Segmenter, weight: Tensor
     ) -> None:
         super().__init__(recipe, number)
         # A batch without superpatches leaves their projection out.
@@ -162,16 +162,16 @@ class SegmenterModule(PhaseModule):
         """Cross-entropy of the decoder and, as deep supervision, of every exit."""
         images, labels = batch
         labels = padded_labels(labels, self.model.patch)
-        settings = self.recipe.settings
+        thresholds = self.recipe.thresholds
         self.seed_step()
         normal = self.model.normalise(images)
         sights = self.model.look(normal)
-        level = self.model.partition(normal, settings, sights)
+        level = self.model.partition(normal, thresholds, sights)
         dense = torch.rand(len(images), device=level.device) < self.phase.dense_share
         level = torch.where(dense.view(-1, 1, 1), level.clamp(max=0), level)
         watch = DeepSupervision(self.model.exits)
-        used = settings if self.phase.pruning else Settings()
-        out = self.model.encode(normal, level, settings=used, sights=sights, reducers=[watch])
+        used = thresholds if self.phase.pruning else Thresholds()
+        out = self.model.encode(normal, level, thresholds=used, sights=sights, reducers=[watch])
         weight = cast(Tensor, self.weight)
         live = out.logits[: len(out.tokens.x)]
         loss = segmentation_loss(out.tokens, live, level, labels, weight)
@@ -192,9 +192,9 @@ class SegmenterModule(PhaseModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Count the pixels of one picture, merged and (if in this phase) pruned."""
         images, labels = batch
-        settings = self.recipe.settings
-        used = settings if self.phase.pruning else settings.without_exits()
-        predicted = self.model.label_maps(self.model(images, settings=used))[0]
+        thresholds = self.recipe.thresholds
+        used = thresholds if self.phase.pruning else thresholds.without_exits()
+        predicted = self.model.label_maps(self.model(images, thresholds=used))[0]
         self.confusion += confusion_matrix(predicted, labels[0], len(self.model.config.classes))
 
     def on_validation_epoch_start(self) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tokenstep.checks import require
-from tokenstep.config import PolicyConfig, Settings, VitConfig, from_dict
+from tokenstep.config import PolicyConfig, Thresholds, VitConfig
 from tokenstep.errors import TokenstepError
+from tokenstep.typed import from_dict
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ class SegmenterRecipe:
     phases: tuple[Phase, ...]
     policy_weights: str
     out: str
-    settings: Settings
+    thresholds: Thresholds
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5

@@ -11,14 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenstep.config import ModelConfig, PolicyConfig, from_dict
+from tokenstep.config import ModelConfig, PolicyConfig
 from tokenstep.data.contents import changes, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.data.pictures import sweep, write_text
+from tokenstep.data.whole_files import sweep, write_text
 from tokenstep.errors import TokenstepError
-from tokenstep.model.card import model_card, run_card
+from tokenstep.model.card import model_card
 from tokenstep.model.segmenter import WEIGHTS
+from tokenstep.train.card import run_card
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, differences, resolved
+from tokenstep.typed import from_dict
 
 RECIPE = "recipe.json"
 DATA = "data.json"  # what the training files held

@@ -14,10 +14,11 @@ from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Run, measure
-from tokenstep.model.card import policy_card, write_card
-from tokenstep.model.segmenter import WEIGHTS, StepSegmenter
+from tokenstep.model.card import write_card
+from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
 from tokenstep.policies.dcts import Policy
+from tokenstep.train.card import policy_card
 from tokenstep.train.lock import held
 from tokenstep.train.loop import Loop, is_main, meet
 from tokenstep.train.losses import class_weights
@@ -84,7 +85,7 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     return report
 
 
-def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSegmenter:
+def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> Segmenter:
     """Train a segmenter with the policy of ``recipe.policy_weights`` and write it to ``out``.
 
     A run that was killed goes on where it was; one that is complete is only read. ``progress``
@@ -99,7 +100,7 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> StepSe
         return _train_segmenter(recipe, telling(recipe, progress))
 
 
-def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegmenter:
+def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> Segmenter:
     folder, val = folders(recipe)
     found = checked(recipe, folder, val)
     model = build_segmenter(recipe, folder)
@@ -108,7 +109,7 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
     complete = claim(out, recipe, folder, found, policy=policy, write=is_main())
     if complete:
         progress.say(COMPLETE.format(out))
-        model = StepSegmenter.from_pretrained(out)
+        model = Segmenter.from_pretrained(out)
     else:
         weight = torch.ones(len(folder.classes.names))
         if recipe.class_balance > 0:
@@ -131,7 +132,7 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> StepSegment
     return model
 
 
-def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: StepSegmenter) -> dict[str, Any]:
+def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: Segmenter) -> dict[str, Any]:
     """What the trained model scores on as many pictures of val as it looked at while training.
 
     Empty where it looked at none.
@@ -139,7 +140,7 @@ def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: StepSegmenter) 
     if recipe.trainer.val_pictures == 0:
         return {}
     thin = val.thinned(recipe.trainer.val_pictures)
-    dense, reduced = measure(model, thin, [Run(), Run(recipe.settings)])
+    dense, reduced = measure(model, thin, [Run(), Run(recipe.thresholds)])
     return {"split": val.title, "images": len(thin), "dense": dense, "reduced": reduced}
 
 
@@ -178,7 +179,7 @@ def telling(recipe: PolicyRecipe | SegmenterRecipe, progress: bool) -> Progress:
     return Progress(Path(recipe.out) / "log", phases=len(recipe.phases), quiet=quiet)
 
 
-def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegmenter:
+def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> Segmenter:
     """The segmenter as it begins: an untrained ViT, and the policy frozen.
 
     Raises:
@@ -187,12 +188,12 @@ def build_segmenter(recipe: SegmenterRecipe, folder: LabelledFolder) -> StepSegm
     policy_config, state, patch = load_policy(Path(recipe.policy_weights))
     classes = folder.classes
     config = ModelConfig(
-        *(classes.names, classes.palette, recipe.vit, policy_config, recipe.settings),
+        *(classes.names, classes.palette, recipe.vit, policy_config, recipe.thresholds),
         long_side=folder.median_long_side() if recipe.scale_by == "side" else None,
     )
     torch.manual_seed(recipe.trainer.seed)
     try:
-        model = StepSegmenter(config)
+        model = Segmenter(config)
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     if model.patch != patch:

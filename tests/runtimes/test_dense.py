@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TinyModel
+from tokenstep.runtimes.dense import DenseGraph, eager, onnx_runtime, openvino_runtime
 from torch import Tensor
 
 from tokenstep.config import DENSE
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import StepSegmenter
-from tokenstep.runtimes.rivals import DenseTwin, onnx_rival, openvino_rival, torch_rival
+from tokenstep.model.segmenter import Segmenter
 
 SIZE = (50, 75)
 
@@ -19,9 +19,9 @@ def smooth(batch: int) -> Tensor:
     return F.interpolate(torch.rand(batch, 3, 4, 6), SIZE, mode="bicubic").clamp(0, 1)
 
 
-def agreement(model: StepSegmenter, labels: Tensor, images: Tensor) -> float:
+def agreement(model: Segmenter, labels: Tensor, images: Tensor) -> float:
     """Share of pixels that are as the dense model has them."""
-    results = model.segment_batch(list(images), settings=DENSE)
+    results = model.segment_batch(list(images), thresholds=DENSE)
     expected = torch.stack([torch.from_numpy(one.labels) for one in results])
     assert labels.shape == expected.shape and labels.dtype == torch.uint8
     assert len(expected.unique()) > 1
@@ -41,18 +41,18 @@ def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, o
     model = tiny_model(**changes)
     images = smooth(2)
     with torch.inference_mode():
-        labels = torch_rival(model, SIZE, 2)(images)
+        labels = eager(model, SIZE, 2)(images)
     assert agreement(model, labels, images) > 0.999
 
 
 def test_a_mask_decoder_has_no_twin(tiny_model: TinyModel) -> None:
     with pytest.raises(TokenstepError, match="linear decoder"):
-        DenseTwin(tiny_model(decoder="mask"), SIZE)
+        DenseGraph(tiny_model(decoder="mask"), SIZE)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("package", "make"), [("onnxruntime", onnx_rival), ("openvino", openvino_rival)]
+    ("package", "make"), [("onnxruntime", onnx_runtime), ("openvino", openvino_runtime)]
 )
 def test_other_runtimes_agree(tiny_model: TinyModel, package: str, make: object) -> None:
     pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[bench]'")
