@@ -51,11 +51,16 @@ class Call:
         *words: str,
         largest_file: int | None = None,
         in_look: int | None = None,
+        signalled: tuple[int, str, str] | None = None,
     ) -> None:
-        """``largest_file`` limits what it may write; ``in_look`` is a signal in a look at val."""
+        """``largest_file`` limits what it may write; ``in_look`` is a signal in a look at val.
+
+        ``signalled`` is a signal, the audit event that it comes at ("open", "os.rename") and how
+        the name of the file ends that the event is about.
+        """
         self.said = folder / "stderr.txt"
         self.said.write_text("")
-        args = (list(words), self.said, largest_file, in_look)
+        args = (list(words), self.said, largest_file, in_look, signalled)
         self.process = COPIES.Process(target=_call, args=args)
         self.process.start()
 
@@ -87,16 +92,24 @@ class Call:
         os.killpg(self.process.pid, number)
 
 
-def _call(words: list[str], said: Path, largest_file: int | None, in_look: int | None) -> None:
+def _call(
+    words: list[str],
+    said: Path,
+    largest_file: int | None,
+    in_look: int | None,
+    signalled: tuple[int, str, str] | None,
+) -> None:
     os.setpgid(0, 0)
+    if signalled is not None:
+        _signal_at(*signalled)
     if in_look is not None:
         look = SegmenterModule.validation_step
 
-        def signalled(module: SegmenterModule, *args: Any) -> None:
+        def interrupted(module: SegmenterModule, *args: Any) -> None:
             os.killpg(0, in_look)
             look(module, *args)
 
-        SegmenterModule.validation_step = signalled  # type: ignore[method-assign]
+        SegmenterModule.validation_step = interrupted  # type: ignore[method-assign]
     torch.set_num_threads(1)
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
@@ -105,6 +118,15 @@ def _call(words: list[str], said: Path, largest_file: int | None, in_look: int |
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = ["tokenstep", *words]
     main()
+
+
+def _signal_at(number: int, event: str, ending: str) -> None:
+    def watch(name: str, given: tuple[object, ...]) -> None:
+        # Renaming is from one name to another: the second counts.
+        if name == event and str(given[name == "os.rename"]).endswith(ending):
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(watch)
 
 
 def _train(recipe: Recipe, die_at: Place | None) -> None:

@@ -19,6 +19,12 @@ def pattern(h: int, w: int) -> np.ndarray:
     return np.stack([x * 255 // w, y * 255 // h, (x + y) % 256], axis=-1).astype(np.uint8)
 
 
+def save_pattern(path: Path, h: int, w: int) -> Path:
+    """A file of such a picture."""
+    Image.fromarray(pattern(h, w)).save(path)
+    return path
+
+
 def told(path: Path, read: Callable[[Path], object]) -> str:
     """The message for a file that cannot be read: one line that names it."""
     with pytest.raises(TokenstepError) as caught:

@@ -1,5 +1,10 @@
 """Helpers of the tests: random weights that hide nothing, random partitions, naive readings."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +66,17 @@ def halt(tokens: PackedTokens, done: Tensor, logits: Tensor, layer: int) -> Pack
     """Halt the rows of a drawn mask that are no prefix rows; ``logits`` are those of all rows."""
     done = done & ~tokens.is_prefix
     return tokens.halt(done, logits[done], layer)
+
+
+def machine_says(monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str]) -> None:
+    """Have Linux tell of its memory and its container by ``files`` alone: name -> content."""
+    read = Path.read_text
+
+    def told(path: Path, *args: Any, **options: Any) -> str:
+        if not str(path).startswith(("/proc/meminfo", "/sys/fs/cgroup")):
+            return read(path, *args, **options)
+        if str(path) not in files:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", told)

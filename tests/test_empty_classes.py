@@ -2,34 +2,16 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call
 from conftest import CLASSES, TinyModel
 from samples import write_split
 
-from tokenstep.cli import main
-
 MASK = np.where(np.arange(32 * 40).reshape(32, 40) < 160, 255, 0)  # an eighth is the object
 SAID = "'tree' has no pixel in test; 255 fills 12.5 % of it: a 0/255 mask?"
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run `tokenstep` with some arguments: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tokenstep", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main.main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -108,9 +90,7 @@ crop = [32, 32]
     return ["train", "segmenter", recipe]
 
 
-def test_training_refuses_masks_unless_told_to_go_on(
-    call: Call, masks: Path, tmp_path: Path
-) -> None:
+def test_training_refuses_masks_unless_told_to_go_on(masks: Path, tmp_path: Path) -> None:
     policy, out = tmp_path / "policy", tmp_path / "segmenter"
     commands = [train_policy(masks, policy), train_segmenter(masks, policy, out)]
     refusals = [call(*commands[0])]
@@ -127,7 +107,7 @@ def test_training_refuses_masks_unless_told_to_go_on(
         assert '"allow_empty_classes": true' in err and "3 more" in err
 
 
-def test_training_finds_a_bad_val_label_before_it_begins(call: Call, tmp_path: Path) -> None:
+def test_training_finds_a_bad_val_label_before_it_begins(tmp_path: Path) -> None:
     whole = np.arange(1280).reshape(32, 40) % 3
     for split in ("train", "val"):
         write_split(tmp_path / "set", split, [whole], CLASSES)
@@ -139,7 +119,7 @@ def test_training_finds_a_bad_val_label_before_it_begins(call: Call, tmp_path: P
 
 
 def test_calibrate_refuses_masks_unless_told_to_go_on(
-    call: Call, masks: Path, model: Path, tmp_path: Path
+    masks: Path, model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     few = ["--sample", 1, "--confirm", 1, "--prices", 0.4, "--bars", 0.9]
@@ -151,9 +131,7 @@ def test_calibrate_refuses_masks_unless_told_to_go_on(
     assert call(*command)[0] == 0 and (out / "calibration.json").is_file()
 
 
-def test_evaluate_warns_in_the_table_and_in_json(
-    call: Call, masks: Path, model: Path, tmp_path: Path
-) -> None:
+def test_evaluate_warns_in_the_table_and_in_json(masks: Path, model: Path, tmp_path: Path) -> None:
     written = tmp_path / "figures.json"
     code, out, _ = call("evaluate", "--data", masks, "--model", model, "--json", written)
     warnings = json.loads(written.read_text())["warnings"]
@@ -161,31 +139,23 @@ def test_evaluate_warns_in_the_table_and_in_json(
     assert all(f"warning: {line}\n" in out for line in warnings)
 
 
-def test_compare_warns_in_the_table_and_in_json(
-    call: Call, masks: Path, model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("command", "figures", "page"),
+    [("compare", "compare.json", "compare.md"), ("explain", "report.json", None)],
+)
+def test_a_comparison_and_a_report_warn_on_the_screen_the_page_and_in_json(
+    masks: Path, model: Path, tmp_path: Path, command: str, figures: str, page: str | None
 ) -> None:
     pytest.importorskip("matplotlib")
-    code, out, _ = call("compare", "--data", masks, "--model", model, "--out", tmp_path / "out")
-    warnings = json.loads((tmp_path / "out" / "compare.json").read_text())["warnings"]
+    code, out, _ = call(command, "--data", masks, "--model", model, "--out", tmp_path / "out")
+    warnings = json.loads((tmp_path / "out" / figures).read_text())["warnings"]
     assert code == 0 and len(warnings) == 2 and SAID in warnings[0]
-    assert all(line in out for line in warnings)
-    assert all(line in (tmp_path / "out" / "compare.md").read_text() for line in warnings)
-
-
-def test_explain_warns_on_the_screen_and_in_json(
-    call: Call, masks: Path, model: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    code, out, _ = call("explain", "--data", masks, "--model", model, "--out", tmp_path / "out")
-    warnings = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
-    assert code == 0 and len(warnings) == 2 and SAID in warnings[0]
-    assert all(f"warning: {line}\n" in out for line in warnings)
+    for text in [out, *([(tmp_path / "out" / page).read_text()] if page else [])]:
+        assert all(line in text for line in warnings)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare"])
-def test_without_any_label_nothing_is_measured(
-    call: Call, tmp_path: Path, model: Path, command: str
-) -> None:
+def test_without_any_label_nothing_is_measured(tmp_path: Path, model: Path, command: str) -> None:
     root = write_split(tmp_path / "void", "test", [np.full((32, 40), 255)], CLASSES)
     allow(root)
     out = ["--out", tmp_path / "out"] if command == "compare" else []
@@ -194,7 +164,7 @@ def test_without_any_label_nothing_is_measured(
     assert "allow_empty_classes" not in err and len(err.splitlines()) == 1
 
 
-def test_all_classes_there_is_nothing_to_warn_of(call: Call, tmp_path: Path, model: Path) -> None:
+def test_all_classes_there_is_nothing_to_warn_of(tmp_path: Path, model: Path) -> None:
     root = write_split(tmp_path / "set", "test", [np.arange(1280).reshape(32, 40) % 3], CLASSES)
     code, out, _ = call("evaluate", "--data", root, "--model", model, "--json", "-")
     assert code == 0 and json.loads(out)["warnings"] == []

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
 from samples import write_split
 
-from tokenstep.cli import main
 from tokenstep.data.check import check_folder, require_sound
 from tokenstep.data.faults import Fault, empty_classes
 from tokenstep.data.labelled_folder import LabelledFolder
@@ -267,29 +266,14 @@ def test_only_soundness_is_remembered(root: Path, tmp_path: Path) -> None:
 
 # --- the command ----------------------------------------------------------------------------------
 
-Check = Callable[..., tuple[int, str, str]]
 
-
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Run `tokenstep data check`: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tokenstep", "data", "check", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main.main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run
-
-
-def test_exit_codes_and_the_file(check: Check, root: Path, tmp_path: Path) -> None:
-    assert check(root)[::2] == (0, "")
+def test_exit_codes_and_the_file(root: Path, tmp_path: Path) -> None:
+    assert call("data", "check", root)[::2] == (0, "")
     (root / "val").rename(tmp_path / "val")
-    code, out, err = check(root, "--json", tmp_path / "found.json")
+    code, out, err = call("data", "check", root, "--json", tmp_path / "found.json")
     assert code == 0 and "warnings: 1" in out and err.startswith("tokenstep: warning: ")
     half(root / "test" / "images" / "p0.png")
-    code, out, err = check(root, "--json", "-")
+    code, out, err = call("data", "check", root, "--json", "-")
     assert code == 1 and len(err.splitlines()) == 2
     for text, kinds in (((tmp_path / "found.json").read_text(), 1), (out, 2)):
         report: dict[str, Any] = json.loads(text)
@@ -299,15 +283,15 @@ def test_exit_codes_and_the_file(check: Check, root: Path, tmp_path: Path) -> No
         assert list(report["faults"][0]) == ["file", "kind", "severity", "text"]
 
 
-def test_a_wrong_call_is_code_2(check: Check, root: Path, tmp_path: Path) -> None:
+def test_a_wrong_call_is_code_2(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments in ((root / "no",), (tmp_path / "empty",), (root, "--json", tmp_path)):
-        code, _, err = check(*arguments)
+        code, _, err = call("data", "check", *arguments)
         assert code == 2 and len(err.splitlines()) == 1 and ";" in err
 
 
-def test_many_faults_of_a_kind_are_counted(check: Check, root: Path) -> None:
+def test_many_faults_of_a_kind_are_counted(root: Path) -> None:
     for number in range(40):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(root / "train" / "images" / f"x{number}.png")
-    code, _, err = check(root)
+    code, _, err = call("data", "check", root)
     assert code == 0 and len(err.splitlines()) < 20 and "30 more" in err

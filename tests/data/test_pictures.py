@@ -1,6 +1,5 @@
-"""Pictures of every kind, whole and damaged, in files and in memory; writing files."""
+"""Pictures of every kind in files, whole and damaged."""
 
-import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from samples import pattern, png_header
 from samples import told as told_by
 
 from tokenstep.data import pictures
-from tokenstep.errors import TokenstepError
 
 ORIENTATION = 0x0112
 
@@ -23,7 +21,7 @@ def told(path: Path, read: Callable[[Path], object] = pictures.read_picture) -> 
     return told_by(path, read)
 
 
-# --- pictures that must be read ---------------------------------------------------------------
+# --- pictures that must be read -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (50, 20000), (7, 5)])
@@ -146,7 +144,7 @@ def test_a_wrong_suffix_does_not_matter(tmp_path: Path) -> None:
     assert pictures.read_picture(str(tmp_path / "a.jpg")).size == (3, 2)
 
 
-# --- pictures that must be refused ------------------------------------------------------------
+# --- pictures that must be refused ----------------------------------------------------------------
 
 
 def test_missing_folder_and_empty_file(tmp_path: Path) -> None:
@@ -213,249 +211,3 @@ def test_reading_in_threads_leaves_pils_limit_alone(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         sizes = {image.size for image in pool.map(pictures.read_picture, [tmp_path / "a.tif"] * 64)}
     assert sizes == {(6, 5)} and before == Image.MAX_IMAGE_PIXELS
-
-
-# --- finding pictures -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def album(tmp_path: Path) -> Path:
-    for name in ("b.jpg", "a.PNG", "sub/deep/c.tiff", "notes.txt", ".hidden.jpg", "sub/[1].gif"):
-        (tmp_path / "album" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "album" / name).touch()
-    return tmp_path / "album"
-
-
-def found_in(paths: list[str | Path]) -> list[Path]:
-    found, faults = pictures.find_pictures(paths)
-    assert not faults
-    return found
-
-
-def names(paths: list[Path], root: Path) -> list[str]:
-    return [str(path.relative_to(root)) for path in paths]
-
-
-def test_folder_is_searched_to_the_bottom_in_order(album: Path) -> None:
-    found = names(found_in([album]), album)
-    assert found == ["a.PNG", "b.jpg", "sub/[1].gif", "sub/deep/c.tiff"]
-
-
-def test_globs_and_files_keep_their_order_and_come_once(album: Path) -> None:
-    given = [str(album / "b*"), album / "notes.txt", album / "sub" / "[1].gif", album]
-    found = names(found_in(given), album)
-    assert found == ["b.jpg", "notes.txt", "sub/[1].gif", "a.PNG", "sub/deep/c.tiff"]
-    by_glob = names(found_in([f"{album}/**/*"]), album)
-    assert by_glob == sorted(set(found) - {"notes.txt"}, key=Path)
-
-
-def test_one_file_by_two_names_comes_once(album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(album)
-    assert found_in(["b.jpg", album / "b.jpg", "./sub/../b.jpg"]) == [Path("b.jpg")]
-    assert found_in([]) == []
-
-
-def test_what_segment_wrote_is_found_only_by_name(album: Path) -> None:
-    for suffix in pictures.OUTPUTS:
-        (album / f"b{suffix}").touch()
-    assert [path.name for path in found_in([album])] == ["a.PNG", "b.jpg", "[1].gif", "c.tiff"]
-    assert found_in([f"{album}/b*"]) == [album / "b.jpg"]
-    assert found_in([album / "b.overlay.jpg"]) == [album / "b.overlay.jpg"]
-
-
-def test_each_argument_without_pictures_has_its_line_and_the_others_go_on(album: Path) -> None:
-    (album / "bare").mkdir()
-    reasons = {"bare": "without", "*.bmp": "matches", "x.jpg": "no such", "x" * 999: "no such"}
-    given = {str(album / name): word for name, word in reasons.items()}
-    found, faults = pictures.find_pictures([*given, album / "b.jpg"])
-    assert found == [album / "b.jpg"] and list(faults) == list(given)
-    for path, word in given.items():
-        assert path in faults[path] and word in faults[path]
-        assert "\n" not in faults[path] and ";" in faults[path]
-
-
-# --- pictures in memory -----------------------------------------------------------------------
-
-
-def image_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.permute(1, 2, 0).numpy()
-
-
-@pytest.mark.parametrize("kind", ["turned", "16 bit", "clear", "palette", "CMYK", "unread file"])
-def test_a_pil_image_is_treated_as_its_file_is(tmp_path: Path, kind: str) -> None:
-    image = Image.fromarray(pattern(9, 14))
-    exif = Image.Exif()
-    if kind == "turned":
-        exif[ORIENTATION] = 6
-    elif kind == "16 bit":
-        image = Image.fromarray(np.arange(126, dtype=np.uint16).reshape(9, 14) * 500)
-    elif kind == "clear":
-        image.putalpha(Image.fromarray(pattern(9, 14)[..., 0]))
-    elif kind == "palette":
-        image = image.convert("P")
-    elif kind == "CMYK":
-        image = image.convert("CMYK")
-    path = tmp_path / ("a.tif" if kind == "CMYK" else "a.png")
-    image.save(path, exif=exif)
-    with Image.open(path) as opened:
-        in_memory = opened if kind in ("turned", "unread file") else image
-        given = pictures.picture_tensor(in_memory)
-    assert torch.equal(given, pictures.picture_tensor(str(path)))
-    assert torch.equal(given, pictures.picture_tensor(path))
-    assert given.shape == ((3, 14, 9) if kind == "turned" else (3, 9, 14))
-
-
-def test_arrays_and_tensors_come_back_as_they_are() -> None:
-    pixels = pattern(9, 14)
-    locked = pixels.copy()
-    locked.flags.writeable = False
-    for array in (pixels, locked, pixels[::-1, ::-1], np.asfortranarray(pixels), pixels[::2]):
-        tensor = pictures.picture_tensor(array)
-        assert tensor.dtype == torch.uint8 and np.array_equal(image_of(tensor), array)
-        tensor += 1  # its own memory
-        assert np.array_equal(pixels, pattern(9, 14))
-    whole = torch.from_numpy(pixels).permute(2, 0, 1)
-    for tensor in (whole, whole / 255, (whole / 255).half(), (whole / 255).double()):
-        assert torch.equal(pictures.picture_tensor(tensor), tensor)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        np.zeros((4, 4), np.int64),
-        np.zeros((3, 5, 6), np.uint8),
-        np.full((4, 4, 3), 2, np.float32),
-        np.zeros((0, 4, 3), np.uint8),
-        torch.zeros(4, 4, dtype=torch.uint8),
-        torch.zeros(4, 4, 3, dtype=torch.uint8),
-        torch.zeros(1, 3, 4, 4),
-        torch.zeros(3, 0, 4),
-        torch.zeros(3, 4, 4, dtype=torch.int64),
-        torch.zeros(3, 4, 4, dtype=torch.bool),
-        torch.full((3, 4, 4), 255.0),
-        torch.full((3, 4, 4), -0.5),
-        torch.full((3, 4, 4), float("nan")),
-        torch.full((3, 4, 4), float("inf")),
-        torch.zeros(3, 4, 4).index_fill(2, torch.tensor([3]), float("nan")),
-        Image.new("F", (4, 4)),
-        Image.new("I", (4, 4)),
-        Image.new("RGB", (0, 4)),
-        None,
-        7,
-        [[1, 2, 3]],
-    ],
-)
-def test_other_forms_are_refused_in_one_line(wrong: object) -> None:
-    with pytest.raises(TokenstepError) as caught:
-        pictures.picture_tensor(wrong)
-    message = str(caught.value)
-    assert "\n" not in message and ("give" in message or "picture is" in message or ";" in message)
-
-
-def test_a_damaged_file_behind_a_pil_image(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.png")
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
-    with (
-        Image.open(tmp_path / "a.png") as image,
-        pytest.raises(TokenstepError, match="60 x 40 pixels, mode RGB: cannot be decoded"),
-    ):
-        pictures.picture_tensor(image)
-
-
-def test_a_folder_that_may_be_listed_but_not_entered_has_no_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("locked", "open"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (2, 2)).save(tmp_path / name / "a.png")
-    stat = os.stat
-
-    def deny(path: object, **how: object) -> os.stat_result:
-        if "locked/" in str(path):
-            raise PermissionError(13, "Permission denied", str(path))
-        return stat(path, **how)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(os, "stat", deny)
-    assert found_in([tmp_path]) == [tmp_path / "open" / "a.png"]
-
-
-# --- writing files ----------------------------------------------------------------------------
-
-
-def test_written_whole_into_a_new_folder(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "a.labels.png"
-    for colour in ("red", "blue"):  # the second replaces the first
-        pictures.write_whole(path, Image.new("RGB", (2, 2), colour).save)
-        assert pictures.read_picture(path).tobytes() == Image.new("RGB", (2, 2), colour).tobytes()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_mode_is_that_of_any_new_file(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    pictures.write_whole(tmp_path / "a.txt", lambda path: path.write_text("a") and None)
-    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, TokenstepError])
-def test_failure_leaves_what_was_there(tmp_path: Path, fault: type[BaseException]) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-
-    def half(temporary: Path) -> None:
-        assert temporary.parent == path.parent and temporary.suffix == path.suffix
-        temporary.write_text("hal")
-        raise fault("stopped")
-
-    with pytest.raises(fault, match="stopped"):
-        pictures.write_whole(path, half)
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-
-
-def test_part_written_file_is_no_picture(tmp_path: Path) -> None:
-    def look(temporary: Path) -> None:
-        Image.new("RGB", (2, 2)).save(temporary)
-        assert not pictures.find_pictures([tmp_path])[0]
-
-    pictures.write_whole(tmp_path / "a.png", look)
-    assert found_in([tmp_path]) == [tmp_path / "a.png"]
-
-
-def test_unwritable_places(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
-    save = Image.new("RGB", (2, 2)).save
-    for path in (tmp_path / "file" / "a.png", tmp_path / "folder.png"):
-        assert "folder" in told(path, lambda path: pictures.write_whole(path, save))
-    below = tmp_path / "file" / "new"
-    for path in (tmp_path / "file", below):
-        assert "folder" in told(path, pictures.require_writable)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder(tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    save = Image.new("RGB", (2, 2)).save
-    told(tmp_path / "locked" / "a.png", lambda path: pictures.write_whole(path, save))
-
-
-def test_full_disk(tmp_path: Path) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text("as far as it went")
-        raise OSError(28, "No space left on device")
-
-    assert "No space left" in told(tmp_path / "a.txt", lambda p: pictures.write_whole(p, write))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    for _ in range(2):
-        pictures.require_writable(tmp_path / "new" / "folder")
-    assert not list((tmp_path / "new" / "folder").iterdir())
-
-
-def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
-    pictures.write_text(tmp_path / "a.json", "Straße ✓\n")
-    assert (tmp_path / "a.json").read_bytes() == "Straße ✓\n".encode()

@@ -1,8 +1,7 @@
 """The scale that a model was trained at: larger pictures go down to it by default, in one way."""
 
 import json
-import sys
-import warnings
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import call, refused
 from conftest import CLASSES, TinyModel
 from PIL import Image
-from samples import labelled_folder, pattern
+from samples import labelled_folder, pattern, save_pattern
 from support import scramble
 
-from tokenstep.cli import main
 from tokenstep.config import ModelConfig, OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -26,7 +25,7 @@ from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.demo import Demo, show
 
 SIDE = 32
-Call = Callable[..., tuple[str, dict[str, Any]]]
+Run = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +49,19 @@ def saved(model: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """A picture of 90 x 60, three times larger than the model knows."""
-    Image.fromarray(pattern(60, 90)).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+    return save_pattern(tmp_path / "photo.png", 60, 90)
 
 
 @pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    saved: Path,
-    tmp_path: Path,
-) -> Call:
+def run(saved: Path, tmp_path: Path) -> Run:
     """Run `tokenstep` with the model: what it prints on both streams, and report.json."""
 
     def run(*arguments: object) -> tuple[str, dict[str, Any]]:
-        given = [*arguments, "--model", saved, "--out", tmp_path / "out", "--threads", 1]
-        monkeypatch.setattr(sys, "argv", ["tokenstep", *map(str, given)])
-        with pytest.raises(SystemExit) as caught, warnings.catch_warnings():
-            main.main()
-        captured = capsys.readouterr()
-        assert not caught.value.code, captured.err
-        report = json.loads((tmp_path / "out" / "report.json").read_text())
-        return captured.out + captured.err, report
+        code, out, err = call(
+            *arguments, "--model", saved, "--out", tmp_path / "out", "--threads", 1
+        )
+        assert not code, err
+        return out + err, json.loads((tmp_path / "out" / "report.json").read_text())
 
     return run
 
@@ -185,9 +175,9 @@ def test_bytes_are_no_list_of_pictures(model: Segmenter, photo: Path) -> None:
 
 
 def test_segment_scales_by_default_and_says_so(
-    call: Call, model: Segmenter, photo: Path, tmp_path: Path
+    run: Run, model: Segmenter, photo: Path, tmp_path: Path
 ) -> None:
-    said, report = call("segment", photo)
+    said, report = run("segment", photo)
     (line,) = [line for line in said.splitlines() if "scaled down" in line]
     assert f"{SIDE} px" in line and "--max-side none" in line and "1 picture " in line
     (entry,) = report["images"]
@@ -208,32 +198,29 @@ def test_segment_scales_by_default_and_says_so(
     ],
 )
 def test_what_is_asked_for_goes_over_the_default(
-    call: Call, photo: Path, options: list[str], side: int | None, grid: int
+    run: Run, photo: Path, options: list[str], side: int | None, grid: int
 ) -> None:
-    said, report = call("segment", photo, *options)
+    said, report = run("segment", photo, *options)
     assert report["max_side"] == side and report["images"][0]["tokens"]["grid"] == grid
     assert ("scaled down" in said) == (grid != 96)
 
 
 @pytest.mark.parametrize("command", ["segment", "explain"])
 @pytest.mark.parametrize("side", ["0", "-1", "4.5", "auto", "nought", "9" * 5000])
-def test_a_wrong_side_is_told(
-    monkeypatch: pytest.MonkeyPatch, photo: Path, command: str, side: str
-) -> None:
+def test_a_wrong_side_is_told(photo: Path, command: str, side: str) -> None:
     if command == "explain":
         pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["tokenstep", command, str(photo), "--max-side", side])
-    with pytest.raises(TokenstepError, match=f"--max-side {side[:9]}[.]*: .*none"):
-        main.app(standalone_mode=False)
+    line = refused(command, photo, "--max-side", side)
+    assert re.search(f"--max-side {side[:9]}[.]*: .*none", line)
 
 
 def test_the_page_and_the_command_line_have_one_label_map(
-    call: Call, model: Segmenter, tmp_path: Path
+    run: Run, model: Segmenter, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     upload = tmp_path / "photo.jpg"
     Image.fromarray(noise).save(upload)
-    call("segment", upload)
+    run("segment", upload)
     page = tmp_path / "page"
     page.mkdir()
     shown = show(Demo({"own": model}), upload, name="own", max_loss=1, out=page)
@@ -243,28 +230,24 @@ def test_the_page_and_the_command_line_have_one_label_map(
     assert report["step"]["scaled_to"] == [32, 21] and "32 x 21 px" in shown.figures
 
 
-def test_explain_scales_by_default_and_says_so(call: Call, photo: Path, tmp_path: Path) -> None:
+def test_explain_scales_by_default_and_says_so(run: Run, photo: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    said, report = call("explain", photo)
+    said, report = run("explain", photo)
     assert "scaled down" in said and report["max_side"] == SIDE
     (picture,) = report["pictures"]
     assert (picture["width"], picture["height"], picture["scaled_from"]) == (32, 21, [90, 60])
     assert "scaled down" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_measuring_never_scales(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Segmenter
-) -> None:
+def test_measuring_never_scales(tmp_path: Path, model: Segmenter) -> None:
     data = labelled_folder(tmp_path / "data", CLASSES, [(60, 90)])
     seen = []
     for side in (SIDE, None):
         folder = tmp_path / str(side)
         model.config = replace(model.config, long_side=side)
         model.save_pretrained(folder)
-        given = ["evaluate", "--model", folder, "--data", data, "--json", folder / "eval.json"]
-        monkeypatch.setattr(sys, "argv", ["tokenstep", *map(str, given)])
-        with pytest.raises(SystemExit):
-            main.main()
+        given = ("--model", folder, "--data", data, "--json", folder / "eval.json")
+        assert call("evaluate", *given)[0] == 0
         report = json.loads((folder / "eval.json").read_text())
         seen.append([report[half]["tokens"]["start"] for half in ("dense", "reduced")])
     model.config = replace(model.config, long_side=SIDE)

@@ -15,7 +15,6 @@ from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
-from tokenstep.measure import calibrate as module
 from tokenstep.measure.calibrate import (
     best_threshold,
     calibrate,
@@ -157,24 +156,27 @@ def test_points_are_what_measuring_them_gives(
 
 
 def test_a_killed_calibration_goes_on(
-    tiny_model: TinyModel, folder: LabelledFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, folder: LabelledFolder, tmp_path: Path
 ) -> None:
     whole = calibrate(tiny_model(), folder, tmp_path / "whole.json", search=SEARCH)
-    calls = 0
+    notes = tmp_path / "broken.json"
 
-    def counted(model: Segmenter, folder: LabelledFolder, runs: list[Run]) -> list[dict[str, Any]]:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
+    def kill(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("search", 6):
             raise KeyboardInterrupt
-        return measure_runs(model, folder, runs)
 
-    monkeypatch.setattr(module, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny_model(), folder, tmp_path / "broken.json", search=SEARCH)
-    resumed = calibrate(tiny_model(), folder, tmp_path / "broken.json", search=SEARCH)
-    entries = json.loads((tmp_path / "whole.json").read_text())["entries"]
-    assert calls == len(entries) + 1, "nothing is measured twice"
+        calibrate(tiny_model(), folder, notes, search=SEARCH, progress=kill)
+    diary = json.loads(notes.read_text())
+    kept = diary["entries"]
+    assert len(kept) == 6
+    for entry in kept.values():
+        entry["seconds"] = 4321.5  # which measuring it again would correct
+    notes.write_text(json.dumps(diary))
+    resumed = calibrate(tiny_model(), folder, notes, search=SEARCH)
+    entries = json.loads(notes.read_text())["entries"]
+    assert kept.items() <= entries.items(), "nothing is measured twice"
+    assert entries.keys() == json.loads((tmp_path / "whole.json").read_text())["entries"].keys()
     for report in (whole, resumed):
         report["dense"].pop("seconds")
     assert resumed == whole

@@ -6,7 +6,6 @@ from support import grid_tokens, scramble
 from torch import Tensor
 
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.reducers import exits as exits_module
 from tokenstep.reducers.exits import DeepSupervision, EarlyPruning, ExitHeads, confidence_of
 
 CLASSES = 3
@@ -173,11 +172,8 @@ def test_a_temperature_tempers_the_confidence_and_not_the_prediction() -> None:
     assert torch.allclose(halt.logits, heads(tokens.x, 0)[halt.done], atol=1e-6)
 
 
-def test_judging_in_bands_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = grid_tokens([(4, 5), (3, 3)])
-    pruning = EarlyPruning(exits(side=2), (0.5, 0.5), 1)
-    whole = pruning(tokens, 2)
-    monkeypatch.setattr(exits_module, "BAND_ROWS", 7)
-    banded = pruning(tokens, 2)
-    assert whole is not None and banded is not None
-    assert torch.equal(whole.done, banded.done) and whole.done.any()
+def test_so_many_rows_that_they_are_judged_in_bands() -> None:
+    tokens = grid_tokens([(60, 60), (30, 20)])
+    done, confidence, predicted = decide(tokens, 0.5, 3, side=2)
+    assert done.tolist() == naive_halt(tokens, confidence, predicted, 0.5, 3)
+    assert 0 < done.sum() < len(done)

@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from commands import refused, without
 from conftest import CLASSES, TinyModel
 from PIL import Image
-from samples import pattern, png_header
-from typer.testing import CliRunner
+from samples import pattern, png_header, save_pattern
 
-from tokenstep import terminal
-from tokenstep.cli import main
 from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.model.segmenter import Segmenter
@@ -46,8 +44,7 @@ def model(tiny_model: TinyModel) -> Segmenter:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    Image.fromarray(pattern(60, 90)).save(tmp_path / "photo.jpg")
-    return tmp_path / "photo.jpg"
+    return save_pattern(tmp_path / "photo.jpg", 60, 90)
 
 
 @pytest.fixture
@@ -135,14 +132,14 @@ def test_large_pictures_are_scaled_down_and_small_ones_left(
 
 
 def test_bad_uploads_are_one_line_without_our_folders(
-    model: Segmenter, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    model: Segmenter, tmp_path: Path, out: Path
 ) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(TokenstepError) as caught:
             show(Demo({"own": model}, 480), path, name="own", max_loss=0, out=out)
         message = str(caught.value)
         assert message.startswith(f"{path.name}: ") and ";" in message and "\n" not in message
-        assert str(tmp_path) not in message
+        assert str(tmp_path) not in message and f"{out.name}/" not in message
         return message
 
     (tmp_path / "diary.jpg").write_text("Today I saw a street.\n")
@@ -151,38 +148,35 @@ def test_bad_uploads_are_one_line_without_our_folders(
     assert "empty" in refused(tmp_path / "empty.png")
     (tmp_path / "bomb.png").write_bytes(png_header(10_000, 5_001))
     assert "50000000 pixels" in refused(tmp_path / "bomb.png")
-    Image.fromarray(pattern(40, 50)).save(tmp_path / "good.png")
-    monkeypatch.setattr(
-        demo, "segment_files", lambda *_: iter([{"error": f"{out / 'good.png'}: too much; less"}])
-    )
-    assert "too much" in refused(tmp_path / "good.png")
+    good = save_pattern(tmp_path / "good.png", 40, 50)
+    (out / "step" / "good.tokens.jpg").mkdir(parents=True)  # so no file can take its place
+    assert "good.tokens.jpg: cannot be written" in refused(good)
 
 
-def test_warming_up_runs_both_ways(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "config", replace(model.config, thresholds=LOSSES[0.4]))
-    ran: list[Thresholds] = []
-    monkeypatch.setattr(
-        model, "segment_batch", lambda pictures, *, thresholds: ran.append(thresholds)
-    )
-    demo.warm_up(model)
-    assert set(ran) == {DENSE, LOSSES[0.4]}
+def test_warming_up_runs_both_ways(model: Segmenter) -> None:
+    class Watched:
+        config = replace(model.config, thresholds=LOSSES[0.4])
+        ran: ClassVar[list[Thresholds]] = []
+
+        def segment_batch(self, pictures: list[object], *, thresholds: Thresholds) -> None:
+            self.ran.append(thresholds)
+
+    demo.warm_up(Watched())  # type: ignore[arg-type]
+    assert set(Watched.ran) == {DENSE, LOSSES[0.4]}
 
 
 # --- the command ------------------------------------------------------------------------------
 
 
 def test_faults_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*options: str) -> str:
-        done = CliRunner().invoke(main.app, ["demo", *options])
-        assert isinstance(done.exception, TokenstepError), done.output
-        return str(done.exception)
-
     with monkeypatch.context() as patch:
-        patch.setattr(terminal, "find_spec", lambda name: None)
-        assert "tokenstep[demo]" in refused()
+        without(patch, "gradio")
+        assert "tokenstep[demo]" in refused("demo")
     require_page()
-    assert refused("--host", "192.0.2.1").startswith("192.0.2.1:7860: "), "not of this machine"
-    assert "zebra" in refused("--model", "zebra", "--port", "0")
+    assert refused("demo", "--host", "192.0.2.1").startswith("tokenstep: 192.0.2.1:7860: "), (
+        "not of this machine"
+    )
+    assert "zebra" in refused("demo", "--model", "zebra", "--port", 0)
 
 
 def require_page() -> None:

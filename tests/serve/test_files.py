@@ -1,24 +1,20 @@
 """Segmenting many files: what is written, what is reported, and that one fault stays alone."""
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TinyModel
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from samples import pattern
+from support import machine_says
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.pictures import read_picture
 from tokenstep.errors import TokenstepError
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.serve import files
-from tokenstep.serve.files import SegmentJob, output_names, segment_files
+from tokenstep.serve.files import SegmentJob, segment_files
 
 REDUCED = Thresholds(merge=(0.0, 0.5), exits=(0.34, 0.34), spare=1)
 KINDS = ("labels.png", "overlay.jpg", "tokens.jpg")
@@ -119,9 +115,7 @@ def test_a_picture_that_cannot_be_written_leaves_none_of_its_files(
 # --- faults -----------------------------------------------------------------------------------
 
 
-def test_large_pictures_are_cut_where_it_is_asked_for_or_memory_needs_it(
-    tmp_path: Path, model: Segmenter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_pictures_are_cut_where_it_is_asked_for(tmp_path: Path, model: Segmenter) -> None:
     paths = draw(tmp_path / "in", [(40, 150), (40, 100), (300, 40)])
 
     def windows(job: SegmentJob) -> list[int]:
@@ -131,12 +125,23 @@ def test_large_pictures_are_cut_where_it_is_asked_for_or_memory_needs_it(
     assert windows(SegmentJob(out, REDUCED, batch=3)) == [1, 1, 1]
     asked = windows(SegmentJob(out, REDUCED, batch=3, tile=128))
     assert asked[1] == 1 < asked[0] < asked[2]
-    kept = labels_in(out)
-    monkeypatch.setattr(files, "WINDOW", 128)
-    monkeypatch.setattr(files, "fits", lambda model, images: max(images[0].shape) < 150)
-    assert windows(SegmentJob(out, REDUCED)) == asked
-    for name, labels in labels_in(out).items():
-        assert np.array_equal(labels, kept[name])
+
+
+def test_what_does_not_fit_in_memory_is_cut_into_windows_of_2048_px(
+    tmp_path: Path, model: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = draw(tmp_path / "in", [(20, 2100), (20, 90), (2100, 20)])
+
+    def windows(out: str, **options: int) -> list[int]:
+        job = SegmentJob(tmp_path / out, REDUCED, batch=3, **options)
+        return [entry["windows"] for entry in segment_files(model, paths, job)]
+
+    assert windows("whole") == [1, 1, 1]
+    assert windows("asked", tile=2048) == [2, 1, 2]
+    machine_says(monkeypatch, {"/proc/meminfo": "MemAvailable: 1 kB\n"})
+    assert windows("cut") == [2, 1, 2]
+    asked, cut = labels_in(tmp_path / "asked"), labels_in(tmp_path / "cut")
+    assert all(np.array_equal(labels, cut[name]) for name, labels in asked.items())
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -165,16 +170,19 @@ def test_a_picture_that_cannot_be_written_has_an_error(tmp_path: Path, model: Se
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def failing_at(model: Segmenter, width: int, fault: BaseException) -> Callable[..., list[object]]:
-    """The model's `segment_batch`, which fails where a picture of `width` is in the batch."""
-    whole = model.segment_batch
+class Failing:
+    """A model that fails where a picture of a width is in the batch, and else is as it is."""
 
-    def segment_batch(images: list[torch.Tensor], *, thresholds: Thresholds) -> list[object]:
-        if any(image.shape[2] == width for image in images):
-            raise fault
-        return list(whole(images, thresholds=thresholds))
+    def __init__(self, model: Segmenter, width: int, fault: BaseException) -> None:
+        self.model, self.width, self.fault = model, width, fault
 
-    return segment_batch
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+    def segment_batch(self, images: list[torch.Tensor], *, thresholds: Thresholds) -> list[object]:
+        if any(image.shape[2] == self.width for image in images):
+            raise self.fault
+        return list(self.model.segment_batch(images, thresholds=thresholds))
 
 
 @pytest.mark.parametrize(
@@ -187,15 +195,11 @@ def failing_at(model: Segmenter, width: int, fault: BaseException) -> Callable[.
     ],
 )
 def test_a_fault_of_the_model_stays_with_its_picture(
-    tmp_path: Path,
-    model: Segmenter,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Exception,
-    reason: str,
+    tmp_path: Path, model: Segmenter, fault: Exception, reason: str
 ) -> None:
     paths = draw(tmp_path / "in", [(20, 20), (20, 30), (20, 20)])
-    monkeypatch.setattr(model, "segment_batch", failing_at(model, 30, fault))
-    entries = list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED, batch=3)))
+    job = SegmentJob(tmp_path / "out", REDUCED, batch=3)
+    entries = list(segment_files(Failing(model, 30, fault), paths, job))
     assert ["error" in entry for entry in entries] == [False, True, False]
     message = entries[1]["error"]
     assert reason in message and str(paths[1]) in message and "\n" not in message
@@ -211,12 +215,12 @@ def test_weights_that_are_not_finite_are_reported(tmp_path: Path, model: Segment
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("a bug")])
 def test_a_stop_leaves_whole_files_only(
-    tmp_path: Path, model: Segmenter, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+    tmp_path: Path, model: Segmenter, fault: BaseException
 ) -> None:
     paths = draw(tmp_path / "in", [(20, 20)] * 4 + [(20, 30)] + [(20, 20)] * 4)
-    monkeypatch.setattr(model, "segment_batch", failing_at(model, 30, fault))
+    job = SegmentJob(tmp_path / "out", REDUCED)
     with pytest.raises(type(fault)):
-        list(segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED)))
+        list(segment_files(Failing(model, 30, fault), paths, job))
     left = list((tmp_path / "out").iterdir())
     assert left and not [path for path in left if path.name.startswith(".")]
     for path in left:
@@ -227,22 +231,18 @@ def test_a_stop_leaves_whole_files_only(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_only_a_few_batches_are_read_ahead(
-    tmp_path: Path, model: Segmenter, monkeypatch: pytest.MonkeyPatch, batch: int
-) -> None:
-    paths = draw(tmp_path / "in", [(8, 8)] * 24)
-    lock, reads = threading.Lock(), []
+def test_only_a_few_batches_are_read_ahead(tmp_path: Path, model: Segmenter, batch: int) -> None:
+    def ahead(done: int) -> list[Path]:
+        """The pictures that may have been read when the entry of number ``done`` comes."""
+        return draw(tmp_path / "in", [(8, 8)] * min(24, done + 4 * batch))
 
-    def counted(path: Path) -> Image.Image:
-        with lock:
-            reads.append(path)
-        return read_picture(path)
-
-    monkeypatch.setattr(files, "read_picture", counted)
-    job = SegmentJob(tmp_path / "out", REDUCED, batch=batch)
-    for done, _ in enumerate(segment_files(model, paths, job), start=1):
-        assert len(reads) <= done + 4 * batch
-    assert sorted(reads) == paths
+    paths = [tmp_path / "in" / f"p{number:03}.png" for number in range(24)]
+    ahead(1)
+    entries = segment_files(model, paths, SegmentJob(tmp_path / "out", REDUCED, batch=batch))
+    for done, entry in enumerate(entries, start=1):
+        assert "error" not in entry, "read before it was there"
+        ahead(done + 1)
+    assert done == 24
 
 
 def test_who_stops_listening_stops_the_work(tmp_path: Path, model: Segmenter) -> None:
@@ -252,48 +252,6 @@ def test_who_stops_listening_stops_the_work(tmp_path: Path, model: Segmenter) ->
     entries.close()
     assert len(labels_in(tmp_path / "out")) < 6
     assert not list((tmp_path / "out").glob(".*"))
-
-
-# --- names ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        ("x.jpg y.png", "x y"),
-        ("x.jpg x.png", "x x_png"),
-        ("a/x.jpg b/x.jpg", "x b_x"),
-        ("a/x.jpg a/x.png b/x.jpg b/x.png", "x x_png b_x b_x_png"),
-        ("x.jpg x.png x_png.gif", "x x_png x_png_gif"),
-        ("b_x.jpg a/x.jpg b/x.jpg", "b_x x b_x_jpg"),
-        ("r/a/x.jpg s/a/x.jpg t/a/x.jpg", "x a_x a_x_jpg"),
-        ("X.jpg x.jpg", "X x_jpg"),
-        ("/a/x.jpg /x.jpg ../x.jpg", "x x_jpg_2 x_jpg_3"),
-        ("x.jpg x.jpg x.jpg", "x x_jpg x_jpg_2"),
-        ("x.tar.png x.tar.jpg", "x.tar x_tar_jpg"),
-    ],
-)
-def test_output_names(paths: str, names: str) -> None:
-    assert output_names([Path(path) for path in paths.split()]) == names.split()
-
-
-@given(
-    st.lists(
-        st.builds(
-            "{}{}{}".format,
-            st.sampled_from(["", "a/", "b/", "a/b/", "/", "../", "A/"]),
-            st.sampled_from(["x", "X", "a_x", "x_jpg", "b_a_x", "x_jpg_2"]),
-            st.sampled_from([".jpg", ".png", ".JPG", ""]),
-        ),
-        max_size=24,
-    )
-)
-def test_output_names_are_distinct_in_any_case(paths: list[str]) -> None:
-    names = output_names([Path(path) for path in paths])
-    assert len({name.casefold() for name in names}) == len(paths)
-    assert not any("/" in name or name.startswith(".") for name in names)
-    if paths:
-        assert names[0] == Path(paths[0]).stem
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,12 +7,13 @@ from conftest import TinyModel
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import pattern
+from support import machine_says
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition
 from tokenstep.errors import TokenstepError
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.serve.windows import fits, segment_tiled, spans, unit_of
+from tokenstep.serve.windows import fits, needed_bytes, segment_tiled, spans, unit_of
 
 
 @given(
@@ -127,25 +128,14 @@ def test_a_picture_is_tried_whole_unless_it_is_known_not_to_fit(
 ) -> None:
     large, small = torch.empty(3, 1, 4096).byte(), torch.empty(3, 2048, 2048).byte()
     for free, expected in ((10**6, False), (10**9, True), (None, True)):
-        monkeypatch.setattr(
-            "tokenstep.serve.windows.available_bytes", lambda device, free=free: free
-        )
+        lines = "" if free is None else f"MemAvailable: {free // 1024} kB\n"
+        machine_says(monkeypatch, {"/proc/meminfo": lines})
         assert fits(model, [large]) is expected
         assert fits(model, [small])
         assert fits(model, [small, small]) is (free is None), "a batch can be run one by one"
 
 
-def test_the_maps_that_a_batch_shares_are_counted(
-    model: Segmenter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def needed(pictures: list[torch.Tensor]) -> int:
-        """The least free memory, in MB, that the batch is said to fit in."""
-        free = 0
-        monkeypatch.setattr("tokenstep.serve.windows.available_bytes", lambda device: free * 10**6)
-        while not fits(model, pictures):
-            free += 1
-        return free
-
+def test_the_maps_that_a_batch_shares_are_counted(model: Segmenter) -> None:
     tall, wide = torch.empty(3, 4096, 8).byte(), torch.empty(3, 8, 4096).byte()
     cells = 2 * 512 * 512  # of the grid as high as the one and as wide as the other
-    assert needed([tall, wide]) >= needed([tall, tall]) + 8 * cells / 10**6
+    assert needed_bytes(model, [tall, wide]) >= needed_bytes(model, [tall, tall]) + 8 * cells

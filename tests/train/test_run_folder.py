@@ -12,7 +12,7 @@ import pytest
 import torch
 from killed import Call, run, write_recipe
 from PIL import Image
-from running import refused, watch
+from running import assert_same_weights, refused
 from safetensors.torch import load_file, save_file
 from training import POLICY, TRAINER, draw, policy_recipe, segmenter_recipe
 
@@ -22,11 +22,10 @@ from tokenstep.train.train import train_policy, train_segmenter
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_run_of_another_recipe_is_not_taken_for_this_one(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+    drawn: Path, tmp_path: Path, ended: bool
 ) -> None:
     recipe = policy_recipe(drawn, tmp_path / "run", 3)
-    stop = None if ended else 2
-    watch(lambda: train_policy(recipe, progress=False), monkeypatch, die_at=stop)
+    assert run(recipe, die_at=None if ended else (0, 2)) == (0 if ended else -signal.SIGKILL)
     written = (tmp_path / "run" / "recipe.json").read_text()
     phase = recipe.phases[0]
     others: list[dict[str, object]] = [
@@ -180,10 +179,10 @@ def test_what_a_run_leaves_can_be_read_by_others_and_says_what_it_is(
 
 
 def test_a_run_may_move_and_work_in_another_way(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = policy_recipe(drawn, tmp_path / "run", 3)
-    watch(lambda: train_policy(recipe, progress=False), monkeypatch, die_at=2)  # 2 are saved
+    assert run(recipe, die_at=(0, 2)) == -signal.SIGKILL  # 2 are saved
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "data").symlink_to(drawn)
     moved = dataclasses.replace(
@@ -192,8 +191,10 @@ def test_a_run_may_move_and_work_in_another_way(
         data=dataclasses.replace(recipe.data, root=str(tmp_path / "data"), cache=True),
         trainer=dataclasses.replace(TRAINER, save_every=1, accelerator="auto"),
     )
-    rest = watch(lambda: train_policy(moved, progress=False), monkeypatch)
-    assert len(rest) == 1
+    train_policy(moved)
+    assert "goes on after step 2: 3 steps" in capsys.readouterr().err
+    train_policy(dataclasses.replace(recipe, out=str(tmp_path / "whole")), progress=False)
+    assert_same_weights(tmp_path / "moved", tmp_path / "whole")
     found = {path.name for path in (tmp_path / "moved" / "phase0").iterdir()}
     assert found == {"last.ckpt", "end.safetensors"}, "a second kill resumes from the newest"
 

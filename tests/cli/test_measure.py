@@ -1,0 +1,139 @@
+"""`tokenstep evaluate`, `calibrate` and `compare`: what they write, print and refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import call, refused, save_model
+from conftest import CLASSES
+from PIL import Image
+from samples import labelled_folder, save_pattern
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    return save_pattern(tmp_path / "photo.png", 40, 50)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return labelled_folder(tmp_path / "tiny_set", CLASSES, [(40, 56), (17, 90)])
+
+
+def test_evaluate_writes_both_halves(saved: Path, data: Path) -> None:
+    target = data.parent / "new" / "eval.json"
+    code, stdout, err = call("evaluate", "--model", saved, "--data", data, "--json", target)
+    assert (code, err) == (0, "") and "mIoU" in stdout and "tiny_set test, 2 pictures" in stdout
+    report = json.loads(target.read_text())
+    assert list(report)[:5] == ["model", "data", "split", "images", "settings"]
+    assert (report["model"], report["data"], report["split"]) == (str(saved), "tiny_set", "test")
+    assert report["images"] == 2 and report["settings"]["merge"] == [0.0, 0.0]
+    assert report["reduced"]["tokens"]["start"] < report["dense"]["tokens"]["start"]
+    assert report["reduced"]["halted_share"] > report["dense"]["halted_share"] == 0
+    assert set(report["dense"]["iou"]) == set(CLASSES)
+
+
+def test_evaluate_prints_json_alone(
+    saved: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    options = ["--names", "p1", "--partition", "oracle", "--merge", "off", "--json", "-"]
+    code, stdout, _ = call("evaluate", "--model", saved, "--data", ".", *options)
+    report = json.loads(stdout)
+    assert code == 0 and report["images"] == 1 and report["data"] == "tiny_set"
+    assert report["settings"]["partition"] == "oracle" and report["settings"]["merge"] == []
+
+
+def test_wrong_data(saved: Path, data: Path) -> None:
+    def line(*options: object) -> str:
+        return refused("evaluate", "--model", saved, *options)
+
+    assert str(data / "no") in line("--data", data / "no")
+    assert "test" in line("--data", data, "--split", "val")
+    assert "zebra" in line("--data", data, "--names", "zebra")
+    assert "oracle" in line("--data", data, "--partition", "zebra")
+    assert str(data) in line("--data", data, "--json", data)
+    assert "classes.json" in line("--data", data, "--json", data / "classes.json" / "a.json")
+    label = data / "test" / "labels" / "p1.png"
+    Image.new("L", (90, 17), 9).save(label)
+    assert str(label) in line("--data", data) and "9" in line("--data", data)
+    Image.new("L", (9, 17), 0).save(label)
+    assert str(label) in line("--data", data) and "9 x 17" in line("--data", data)
+    label.unlink()
+    assert str(label) in line("--data", data)
+    (data / "classes.json").write_text('{"names": ["sea", "land"]}')
+    Image.new("L", (90, 17), 0).save(label)
+    assert "sea, land" in line("--data", data) and str(data) in line("--data", data)
+    (data / "classes.json").write_text("no json")
+    assert "classes.json" in line("--data", data)
+
+
+def test_data_without_any_label_has_no_score(saved: Path, data: Path) -> None:
+    for number, size in enumerate([(56, 40), (90, 17)]):
+        Image.new("L", size, 255).save(data / "test" / "labels" / f"p{number}.png")
+    assert "label" in refused("evaluate", "--model", saved, "--data", data)
+
+
+def test_calibrate_gives_segment_and_evaluate_their_knob(
+    saved: Path, tmp_path: Path, photo: Path
+) -> None:
+    data = labelled_folder(tmp_path / "set", CLASSES, [(160, 240)])
+    out = tmp_path / "calibrated"
+    options = ["--data", data, "--split", "test"]
+    search = ["--prices", "0.4,9", "--bars", "0.4", "--sample", "1", "--confirm", "3"]
+    code, stdout, err = call(
+        "calibrate", "--model", saved, "--half", "--out", out, *options, *search
+    )
+    assert (code, err) == (0, "") and "the best" in stdout and str(out) in stdout
+    report = json.loads((out / "calibration.json").read_text())
+    tried = report["search"]
+    assert (tried["prices"], tried["bars"]) == ([0.4, 9], [0.4])
+    assert (tried["sample"], tried["confirm"]) == (1, 3)
+    points = report["points"]
+    assert points and report["images"] == 1 and report["exits"]["1"]["temperature"] > 0
+    whole, small = (path / "model.safetensors" for path in (saved, out))
+    assert small.stat().st_size < 0.6 * whole.stat().st_size
+
+    boundless = ["--model", out, "--max-loss", "100", "--out", tmp_path / "o"]
+    code, stdout, err = call("segment", photo, *boundless)
+    assert (code, err) == (0, "") and "operating point" in stdout
+    written = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert written["point"] == min(points, key=lambda point: point["gmac"])
+    assert written["settings"] == written["point"]["settings"]
+
+    code, stdout, _ = call("evaluate", "--model", out, "--max-loss", "100", *options, "--json", "-")
+    found = json.loads(stdout)
+    assert code == 0 and found["point"] == written["point"]
+    assert found["reduced"]["miou"] == pytest.approx(found["point"]["miou"], abs=1e-5)
+    code, stdout, _ = call("evaluate", "--model", out, "--max-loss", "0", *options, "--json", "-")
+    found = json.loads(stdout)
+    assert code == 0 and found["point"] is None
+    assert found["reduced"]["miou"] == found["dense"]["miou"]
+
+
+@pytest.mark.parametrize("option", ["--prices", "--bars"])
+def test_what_to_search_is_numbers(saved: Path, tmp_path: Path, option: str) -> None:
+    data = labelled_folder(tmp_path / "set", CLASSES, [(32, 48)])
+    options = ["--model", saved, "--data", data, "--split", "test", "--out", tmp_path / "o"]
+    assert f"{option} few: give numbers" in refused("calibrate", *options, option, "few")
+
+
+def test_compare_writes_a_table_and_a_figure(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = labelled_folder(tmp_path / "set", CLASSES, [(40, 56), (17, 90)])
+    out = tmp_path / "compared"
+    options = ["--model", saved, "--data", data, "--also", saved, "--out", out]
+    code, stdout, err = call("compare", *options)
+    assert (code, err) == (0, "")
+    assert (out / "compare.md").read_text() == stdout
+    report = json.loads((out / "compare.json").read_text())
+    methods = [row["method"] for row in report["rows"]]
+    assert methods[0] == "dense" and methods[-1] == f"{saved}, dense" and "STEP" in methods
+    assert report["images"] == 2 and report["split"] == "test"
+    with Image.open(out / "compare.png") as picture:
+        assert picture.format == "PNG"
