@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import tokenstep
 from tokenstep.measure.cases import Case, fitting
 from tokenstep.measure.machine import MIB
-from tokenstep.measure.speed import ways
+from tokenstep.measure.speed import methods_of
 from tokenstep.model.segmenter import Segmenter
 
 
@@ -45,19 +45,19 @@ def allocated_mib(call: Callable[[], object]) -> float:
 def rows_of(model: Segmenter, case: Case, files: list[Path]) -> dict[str, object]:
     """What each full batch of ``files`` takes, in MiB."""
     _, pictures = fitting(files, case)
-    runs = ways(model, case, model.config.thresholds)
-    found = []
+    methods = methods_of(model, case, model.config.thresholds)
+    rows = []
     for first in range(0, len(pictures) - case.batch + 1, case.batch):
         some = pictures[first : first + case.batch]
         with torch.inference_mode():
-            found.append(
+            rows.append(
                 {
-                    way: round(allocated_mib(partial(runs[way], some)), 1)
-                    for way in ("dense", "STEP")
+                    name: round(allocated_mib(partial(methods[name], some)), 1)
+                    for name in ("dense", "STEP")
                 }
             )
     height, width = case.size
-    return {"size": f"{width}x{height}", "batch": case.batch, "mib": found}
+    return {"size": f"{width}x{height}", "batch": case.batch, "mib": rows}
 
 
 if __name__ == "__main__":

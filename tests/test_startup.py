@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tokenstep
-from tokenstep.measure.choices import RIVALS
+from tokenstep.measure.choices import RUNTIME_PACKAGES
 from tokenstep.runtimes.dense import RUNTIMES
 
 HEAVY = ["torch", "numpy", "timm", "PIL", "gradio", "matplotlib", "lightning", "huggingface_hub"]
@@ -72,4 +72,4 @@ def test_every_public_name_can_be_had_and_no_other() -> None:
 
 
 def test_every_rival_that_help_names_can_be_made() -> None:
-    assert set(RIVALS) == set(RUNTIMES)
+    assert set(RUNTIME_PACKAGES) == set(RUNTIMES)

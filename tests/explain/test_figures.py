@@ -82,7 +82,7 @@ def test_the_legend_of_halting_names_every_depth(view: View) -> None:
 
 
 def test_what_an_exit_does_not_see_is_white(view: View) -> None:
-    _, axes = drawn(partial(figures.confidence, view=view, seen=view.exits[1]))
+    _, axes = drawn(partial(figures.confidence, view=view, exit_view=view.exits[1]))
     shown = axes.images[-1].get_array()
     gone = np.isnan(view.exits[1].confidence)
     assert gone.any()
@@ -117,7 +117,7 @@ def every(sections: list[Any]) -> list[FigureFile]:
     files = [figure for section in sections for figure in section.figures]
     assert len({figure.name for figure in files}) == len(files)
     for figure in files:
-        assert opened(figure.png).width == 800 and figure.says
+        assert opened(figure.png).width == 800 and figure.alt_text
     return files
 
 

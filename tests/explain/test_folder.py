@@ -16,11 +16,11 @@ from support import scramble
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain.folder import explain_folder, ways_of, worst
+from tokenstep.explain.folder import explain_folder, methods_of, worst
 from tokenstep.explain.views import view_of
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import interior
-from tokenstep.measure.quality import Run
+from tokenstep.measure.quality import Method
 from tokenstep.model.segmenter import Segmenter
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
@@ -74,13 +74,13 @@ def test_shares_sum_to_one(report: dict[str, Any]) -> None:
 def test_scores_and_costs_are_those_of_evaluate(
     model: Segmenter, folder: LabelledFolder, report: dict[str, Any]
 ) -> None:
-    found = evaluate(model, folder, Run(STEP))
-    ways = {row["way"]: row for row in report["ways"]}
-    assert list(ways) == ["dense", "merging_alone", "step"]
-    for way, half in (("dense", "dense"), ("step", "reduced")):
+    found = evaluate(model, folder, Method(STEP))
+    methods = {row["way"]: row for row in report["ways"]}
+    assert list(methods) == ["dense", "merging_alone", "step"]
+    for method, half in (("dense", "dense"), ("step", "reduced")):
         for key in ("miou", "accuracy", "boundary_iou"):
-            assert ways[way][key] == pytest.approx(found[half][key])
-        assert ways[way]["gmac"] == pytest.approx(found[half]["gmac"]["total"])
+            assert methods[method][key] == pytest.approx(found[half][key])
+        assert methods[method]["gmac"] == pytest.approx(found[half]["gmac"]["total"])
     assert report["live"][0]["mean_tokens"] == found["reduced"]["tokens"]["start"]
 
 
@@ -213,9 +213,9 @@ def test_other_classes_are_refused(model: Segmenter, tmp_path: Path) -> None:
 
 
 def test_merging_alone_is_run_where_it_is_another_way() -> None:
-    assert list(ways_of(STEP)) == ["dense", "merging_alone", "step"]
-    assert list(ways_of(STEP.without_exits())) == ["dense", "step"]
-    assert ways_of(DENSE)["step"] == DENSE
+    assert list(methods_of(STEP)) == ["dense", "merging_alone", "step"]
+    assert list(methods_of(STEP.without_exits())) == ["dense", "step"]
+    assert methods_of(DENSE)["step"] == DENSE
 
 
 def test_a_model_without_exits_is_explained_too(

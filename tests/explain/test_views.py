@@ -78,7 +78,7 @@ def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
     view = view_of(model, picture(), DENSE)
     assert [seen.after for seen in view.exits] == list(model.exits.after)
     for seen in view.exits:
-        assert seen.bar is None and not np.isnan(seen.confidence).any()
+        assert seen.threshold is None and not np.isnan(seen.confidence).any()
     report = explain_picture(view)
     assert all(row["halted"] == 0 and row["above_the_bar"] is None for row in report["exits"])
 

@@ -26,14 +26,14 @@ from tokenstep.measure.calibrate import (
     spread,
 )
 from tokenstep.measure.choices import Search
-from tokenstep.measure.quality import Run
-from tokenstep.measure.quality import measure as measure_runs
+from tokenstep.measure.quality import Method
+from tokenstep.measure.quality import measure as measure_methods
 from tokenstep.model.segmenter import Segmenter
 
 
 def measure(model: Segmenter, folder: LabelledFolder, thresholds: Thresholds) -> dict[str, Any]:
-    """The report of one run."""
-    return measure_runs(model, folder, [Run(thresholds)])[0]
+    """The report of one method."""
+    return measure_methods(model, folder, [Method(thresholds)])[0]
 
 
 SEARCH = Search(prices=(0.5, 2.0), bars=(0.35, 0.4), sample=2, confirm=6)
@@ -54,8 +54,8 @@ def model(tiny_model: TinyModel) -> Segmenter:
 def test_no_other_threshold_pays_more(entries: list[tuple[int, int]]) -> None:
     scores = torch.tensor([score / 50 for score, _ in dict(entries).items()])
     gains = torch.tensor([float(gain) for _, gain in dict(entries).items()])
-    bar = best_threshold(scores, gains)
-    paid = gains[scores > bar].sum()
+    threshold = best_threshold(scores, gains)
+    paid = gains[scores > threshold].sum()
     for other in [*scores.tolist(), -0.1, 1.0]:
         assert paid >= gains[scores > other].sum() - 1e-6
 
@@ -71,7 +71,7 @@ def test_a_higher_price_merges_at_least_as_much(model: Segmenter, folder: Labell
     assert measure(model, folder, Thresholds(boundless))["tokens"]["start"] == everything
 
 
-def test_every_way_to_halt_meets_every_merging() -> None:
+def test_every_set_of_exit_thresholds_meets_every_merging() -> None:
     search = Search(bars=(0.8, 0.9), spares=(5, 0))
     tried = combinations([(0.5,), (0.6,)], 2, search)
     assert len(tried) == len(set(tried)) == 3 * (1 + 2 * 2) - 1
@@ -195,7 +195,7 @@ def test_another_models_notes_are_not_used(
     assert report["dense"]["miou"] != first["dense"]["miou"]
 
 
-def test_a_file_that_is_no_diary_is_refused(
+def test_a_file_that_is_no_cache_is_refused(
     model: Segmenter, folder: LabelledFolder, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.json").write_text("[]")

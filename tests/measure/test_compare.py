@@ -1,4 +1,4 @@
-"""The comparison: every way on the same pictures, and the oracle at the policy's token count."""
+"""The comparison: every method on the same pictures, and the oracle at the policy's token count."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.compare import KINDS, compare, figure, kind_of, markdown, oracle_tolerance
-from tokenstep.measure.quality import Run, measure
+from tokenstep.measure.quality import Method, measure
 from tokenstep.model.segmenter import Segmenter
 
 SETTINGS = Thresholds(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
@@ -40,16 +40,16 @@ def test_each_row_is_what_measuring_it_alone_gives(
     json.dumps(rows, allow_nan=False)
     by_name = {row["method"]: row for row in rows}
     assert len(by_name) == len(rows) == 10
-    runs = {
-        "dense": Run(),
-        "dense at 0.5 x the sides": Run(scale=0.5),
-        "learned partition (merging alone)": Run(SETTINGS.without_exits()),
-        "exits alone": Run(SETTINGS.without_merging()),
-        "STEP": Run(SETTINGS),
-        "STEP, 0.25 points below the best on val": Run(model.config.points[0].thresholds),
+    methods = {
+        "dense": Method(),
+        "dense at 0.5 x the sides": Method(scale=0.5),
+        "learned partition (merging alone)": Method(SETTINGS.without_exits()),
+        "exits alone": Method(SETTINGS.without_merging()),
+        "STEP": Method(SETTINGS),
+        "STEP, 0.25 points below the best on val": Method(model.config.points[0].thresholds),
     }
-    for name, run in runs.items():
-        (alone,) = measure(model, folder, [run])
+    for name, method in methods.items():
+        (alone,) = measure(model, folder, [method])
         for key in ("miou", "iou", "tokens", "gmac", "halted_share"):
             assert by_name[name][key] == alone[key], name
     learned, drawn = by_name["learned partition (merging alone)"], by_name["random partition"]
@@ -66,27 +66,27 @@ def test_a_half_that_is_off_has_no_row(model: Segmenter, folder: LabelledFolder)
     assert "exits alone" not in {row["method"] for row in compare(model, folder, DENSE)}
 
 
-@pytest.mark.parametrize("bar", [0.0, 0.5, 0.9999])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9999])
 def test_the_oracle_comes_to_the_policys_tokens(
-    model: Segmenter, folder: LabelledFolder, bar: float
+    model: Segmenter, folder: LabelledFolder, threshold: float
 ) -> None:
-    alone = Thresholds(merge=(bar, bar))
+    alone = Thresholds(merge=(threshold, threshold))
     tolerance = oracle_tolerance(model, folder, alone, rounds=20)
-    learned, oracle = measure(model, folder, [Run(alone), Run(alone, "oracle", tolerance)])
+    learned, oracle = measure(model, folder, [Method(alone), Method(alone, "oracle", tolerance)])
     assert oracle["tokens"]["start"] <= learned["tokens"]["start"] or tolerance == 0.5
     if 0 < tolerance < 0.5:
-        (stricter,) = measure(model, folder, [Run(alone, "oracle", tolerance - 0.01)])
+        (stricter,) = measure(model, folder, [Method(alone, "oracle", tolerance - 0.01)])
         assert stricter["tokens"]["start"] > learned["tokens"]["start"]
 
 
 def test_a_scaled_picture_is_held_against_its_full_labels(
     model: Segmenter, folder: LabelledFolder
 ) -> None:
-    full, half = measure(model, folder, [Run(), Run(scale=0.5)])
+    full, half = measure(model, folder, [Method(), Method(scale=0.5)])
     assert half["tokens"]["grid"] < 0.4 * full["tokens"]["grid"]
     assert half["accuracy"] is not None
     with pytest.raises(TokenstepError, match="oracle"):
-        Run(partition="oracle", scale=0.5)
+        Method(partition="oracle", scale=0.5)
 
 
 def test_the_table_and_the_figure_hold_every_row(

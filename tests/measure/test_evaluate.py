@@ -14,10 +14,10 @@ from torch import Tensor
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition as superpatches
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.measure.choices import PARTITIONS, Partition
+from tokenstep.measure.choices import PARTITION_SOURCES, PartitionSource
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import Tally
-from tokenstep.measure.quality import Run, segment_as
+from tokenstep.measure.quality import Method, segment_with
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.batch import homogeneity, policy_features
@@ -36,12 +36,12 @@ def model(tiny_model: TinyModel) -> Segmenter:
     return tiny_model()
 
 
-def levels_of(model: Segmenter, folder: LabelledFolder, run: Run) -> list[Tensor]:
-    """The partitions of a folder's pictures under ``run``."""
-    generator = torch.Generator().manual_seed(run.seed)
+def levels_of(model: Segmenter, folder: LabelledFolder, method: Method) -> list[Tensor]:
+    """The partitions of a folder's pictures with ``method``."""
+    generator = torch.Generator().manual_seed(method.seed)
     return [
         torch.from_numpy(
-            segment_as(model, image, label, run=run, generator=generator).tokens.level
+            segment_with(model, image, label, method=method, generator=generator).tokens.level
         )[None]
         for image, label in folder
     ]
@@ -49,8 +49,8 @@ def levels_of(model: Segmenter, folder: LabelledFolder, run: Run) -> list[Tensor
 
 def test_the_report_is_complete_and_plain_json(model: Segmenter, folder: LabelledFolder) -> None:
     seen: list[None] = []
-    run = Run(MERGED, tolerance=0.1)
-    found = evaluate(model, folder, run, on_picture=lambda: seen.append(None))
+    method = Method(MERGED, tolerance=0.1)
+    found = evaluate(model, folder, method, on_picture=lambda: seen.append(None))
     assert len(seen) == found["images"] == len(SIZES)
     assert json.loads(json.dumps(found, allow_nan=False))["settings"] == {
         "merge": [0.4, 0.4],
@@ -79,7 +79,7 @@ def test_the_report_is_complete_and_plain_json(model: Segmenter, folder: Labelle
 
 
 def test_scores_come_from_one_summed_count(model: Segmenter, folder: LabelledFolder) -> None:
-    found = evaluate(model, folder, Run(MERGED))
+    found = evaluate(model, folder, Method(MERGED))
     for half, thresholds in (("dense", DENSE), ("reduced", MERGED)):
         tally, starts, costs = Tally(len(CLASSES)), [], []
         for image, label in folder:
@@ -99,15 +99,15 @@ def test_scores_come_from_one_summed_count(model: Segmenter, folder: LabelledFol
 def test_the_dense_half_spends_nothing_on_policy_and_exits(
     model: Segmenter, folder: LabelledFolder
 ) -> None:
-    found = evaluate(model, folder, Run(MERGED))
+    found = evaluate(model, folder, Method(MERGED))
     dense, reduced = found["dense"], found["reduced"]
     assert dense["gmac"]["policy"] == dense["halted_share"] == 0 < reduced["gmac"]["policy"]
     assert dense["tokens"]["end"] == dense["tokens"]["grid"] == reduced["tokens"]["grid"]
     assert reduced["tokens"]["start"] < dense["tokens"]["start"]
-    alike = evaluate(model, folder, Run(DENSE))
+    alike = evaluate(model, folder, Method(DENSE))
     for key in ("miou", "iou", "accuracy", "boundary_iou", "tokens", "gmac"):
         assert alike["dense"][key] == alike["reduced"][key] == dense[key]
-    assert "dense" not in evaluate(model, folder, Run(DENSE), dense=False)
+    assert "dense" not in evaluate(model, folder, Method(DENSE), dense=False)
 
 
 def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: Segmenter) -> None:
@@ -115,7 +115,7 @@ def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: Segmenter) 
         model.decoder.linear.bias.view(-1, len(CLASSES))[:, 0] = 1e4
     root = labelled_folder(tmp_path / "set", CLASSES, [(8, 16)])
     Image.new("L", (16, 8), 0).save(root / "test" / "labels" / "p0.png")
-    half = evaluate(model, LabelledFolder(root, "test"), Run(DENSE))["reduced"]
+    half = evaluate(model, LabelledFolder(root, "test"), Method(DENSE))["reduced"]
     assert half["iou"] == {"road": 1.0, "tree": None, "sky": None}
     assert half["miou"] == half["accuracy"] == 1 and half["boundary_iou"] is None
 
@@ -123,8 +123,8 @@ def test_a_class_that_never_occurs_has_no_iou(tmp_path: Path, model: Segmenter) 
 def test_oracle_takes_what_is_pure_by_the_labels(model: Segmenter, folder: LabelledFolder) -> None:
     counts = []
     for tolerance in (0.0, 0.3, 1.0):
-        run = Run(MERGED, "oracle", tolerance)
-        levels = levels_of(model, folder, run)
+        method = Method(MERGED, "oracle", tolerance)
+        levels = levels_of(model, folder, method)
         counts.append(sum(int(superpatches.token_counts(level)) for level in levels))
         for (_, label), level in zip(folder, levels, strict=True):
             sides = {"patch": 8, "sizes": (2, 4), "classes": len(CLASSES)}
@@ -134,7 +134,7 @@ def test_oracle_takes_what_is_pure_by_the_labels(model: Segmenter, folder: Label
 
 
 def test_uniform_merges_nothing(model: Segmenter, folder: LabelledFolder) -> None:
-    for level in levels_of(model, folder, Run(MERGED, "uniform")):
+    for level in levels_of(model, folder, Method(MERGED, "uniform")):
         assert not level.any()
 
 
@@ -146,8 +146,8 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
     pairs, fours = homogeneity(model.policy, group.features)
     half = Thresholds((float(pairs.median()), float(fours.min()) - 1e-3))
 
-    def run(partition: Partition, seed: int = 0) -> list[Tensor]:
-        return levels_of(model, folder, Run(half, partition, seed=seed))
+    def run(partition: PartitionSource, seed: int = 0) -> list[Tensor]:
+        return levels_of(model, folder, Method(half, partition, seed=seed))
 
     learned, drawn, again, other = run("policy"), run("random"), run("random"), run("random", 1)
     for policy, random in zip(learned, drawn, strict=True):
@@ -158,11 +158,11 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
     assert not all(map(torch.equal, drawn, other))
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("partition", PARTITION_SOURCES)
 def test_only_the_policy_is_charged_for(
-    model: Segmenter, folder: LabelledFolder, partition: Partition
+    model: Segmenter, folder: LabelledFolder, partition: PartitionSource
 ) -> None:
-    gmac = evaluate(model, folder, Run(MERGED, partition))["reduced"]["gmac"]
+    gmac = evaluate(model, folder, Method(MERGED, partition))["reduced"]["gmac"]
     assert (gmac["policy"] > 0) == (partition == "policy")
     assert gmac["total"] > gmac["policy"]
 
@@ -170,7 +170,7 @@ def test_only_the_policy_is_charged_for(
 def test_other_classes_are_refused(tmp_path: Path, model: Segmenter) -> None:
     root = labelled_folder(tmp_path / "set", ("road", "tree", "water"), SIZES)
     data = LabelledFolder(root, "test")
-    message = told(root, lambda _: evaluate(model, data, Run(MERGED)))
+    message = told(root, lambda _: evaluate(model, data, Method(MERGED)))
     assert "water" in message and "sky" in message
 
 
@@ -178,8 +178,8 @@ def test_other_classes_are_refused(tmp_path: Path, model: Segmenter) -> None:
 def test_partitions_follow_the_model_to_its_device(
     model: Segmenter, folder: LabelledFolder
 ) -> None:
-    for partition in PARTITIONS:
-        run = Run(MERGED, partition)
-        there = evaluate(model.cuda(), folder, run)["reduced"]
-        here = evaluate(model.cpu(), folder, run)["reduced"]
+    for partition in PARTITION_SOURCES:
+        method = Method(MERGED, partition)
+        there = evaluate(model.cuda(), folder, method)["reduced"]
+        here = evaluate(model.cpu(), folder, method)["reduced"]
         assert there["tokens"]["start"] == pytest.approx(here["tokens"]["start"], rel=0.05)

@@ -19,7 +19,15 @@ from tokenstep.cli.tables import benched
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.cases import Case, fit, fitting, is_noise
-from tokenstep.measure.speed import SCOPES, Spent, bench, exponent, growth, settle, with_backbone
+from tokenstep.measure.speed import (
+    SCOPES,
+    BatchCost,
+    bench,
+    exponent,
+    growth,
+    settle,
+    with_backbone,
+)
 from tokenstep.model.segmenter import Segmenter
 
 
@@ -55,7 +63,7 @@ def test_each_row_is_related_to_the_dense_row_of_its_scope(
         photos,
         Case((48, 64), 2),
         thresholds,
-        rivals={"other": rival},
+        runtimes={"other": rival},
         seconds=0.0,  # type: ignore[dict-item]
     )
     methods = ["dense", "STEP", "dense at 0.5 x the sides", "other"]
@@ -111,7 +119,7 @@ def test_noise_is_told_from_pictures() -> None:
 def test_warming_up_ends_when_times_agree_or_patience_does() -> None:
     def turns(times: list[float]) -> object:
         for time in times:
-            yield {"dense": (time, Spent({}, {}))}
+            yield {"dense": (time, BatchCost({}, {}))}
 
     steady = turns([100.0] * 5 + [50.0] * 5 + [50.5] * 5 + [9.0] * 99)
     assert settle(steady, 60.0)  # type: ignore[arg-type]

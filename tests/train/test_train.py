@@ -16,7 +16,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.policy_report import policy_report
-from tokenstep.measure.quality import Run
+from tokenstep.measure.quality import Method
 from tokenstep.policies.dcts import Policy
 from tokenstep.train.recipe import Phase
 from tokenstep.train.train import (
@@ -44,7 +44,7 @@ def test_a_trained_segmenter_is_right_and_merges(drawn: Path, policy: Path, tmp_
         assert torch.equal(value, frozen[name]), name
     thresholds = model.config.thresholds
     test = LabelledFolder(drawn, "test")
-    report = evaluate(model, test, Run(thresholds))
+    report = evaluate(model, test, Method(thresholds))
     for half in ("dense", "reduced"):
         assert report[half]["miou"] > 0.6, half  # guessing one class gives less than 0.3
     assert report["reduced"]["tokens"]["start"] < 0.8 * report["dense"]["tokens"]["start"]

@@ -20,7 +20,7 @@ from tokenstep.cli.options import (
     load_model,
 )
 from tokenstep.errors import TokenstepError
-from tokenstep.measure.choices import CPU_ONLY, RIVALS
+from tokenstep.measure.choices import CPU_ONLY, RUNTIME_PACKAGES
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def bench_command(
         list[int] | None, typer.Option(min=1, help="Pictures a batch; may be repeated. [1, 8]")
     ] = None,
     rival: Annotated[
-        list[str] | None, typer.Option(help=f"Also {', '.join(RIVALS)}; may be repeated.")
+        list[str] | None, typer.Option(help=f"Also {', '.join(RUNTIME_PACKAGES)}; may be repeated.")
     ] = None,
     max_loss: MaxLoss = None,
     merge: Merge = None,
@@ -80,13 +80,13 @@ def bench_command(
     from tokenstep.measure.speed import bench, growth, with_backbone
 
     cases = [
-        Case(_size(one), count)
-        for one in size or ["480x360", "960x720"]
+        Case(_size(text), count)
+        for text in size or ["480x360", "960x720"]
         for count in batch or [1, 8]
     ]
     network = load_model(model, device, threads)
     place = next(network.parameters()).device
-    rivals = _rivals(rival or [], on_cpu=place.type == "cpu" and precision is Precision.FP32)
+    runtimes = _runtimes(rival or [], on_cpu=place.type == "cpu" and precision is Precision.FP32)
     if json_file is not None:
         require_writable(json_file.parent)
     paths, faults = find_pictures(pictures)
@@ -108,7 +108,7 @@ def bench_command(
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
             with torch.autocast(place.type, _dtype(precision), precision is not Precision.FP32):
-                rows += bench(network, paths, case, thresholds, rivals=rivals, seconds=seconds)
+                rows += bench(network, paths, case, thresholds, runtimes=runtimes, seconds=seconds)
     grown = growth(rows)
     weight: torch.Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
@@ -140,19 +140,19 @@ def _dtype(precision: Precision) -> "torch.dtype":
     }[precision]
 
 
-def _rivals(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRuntime]":
-    """What else is timed, by the name of its rows."""
+def _runtimes(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRuntime]":
+    """The runtimes that the options name, by the method of their rows."""
     from tokenstep.runtimes.dense import RUNTIMES
 
-    rivals = {}
+    runtimes = {}
     for name in names:
-        if name not in RIVALS:
-            raise TokenstepError(f"--rival {name}: choose from {', '.join(RIVALS)}")
+        if name not in RUNTIME_PACKAGES:
+            raise TokenstepError(f"--rival {name}: choose from {', '.join(RUNTIME_PACKAGES)}")
         if name in CPU_ONLY and not on_cpu:
             raise TokenstepError(f"--rival {name}: runs in fp32 on the CPU alone; leave it out")
-        require_extra(*RIVALS[name], extra="bench")
-        rivals[f"dense, {name}"] = RUNTIMES[name]
-    return rivals
+        require_extra(*RUNTIME_PACKAGES[name], extra="bench")
+        runtimes[f"dense, {name}"] = RUNTIMES[name]
+    return runtimes
 
 
 def _refuse_noise(paths: list[Path]) -> None:

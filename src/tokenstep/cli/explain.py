@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Found = tuple[dict[str, Any], "list[Section]"]  # the numbers, with `faults`, and the page's parts
+# The numbers of report.json, with `faults`, and the sections of report.html.
+Explanation = tuple[dict[str, Any], "list[Section]"]
 
 
 @app.command("explain")
@@ -72,33 +73,33 @@ def explain_command(
         raise TokenstepError("--names: picks from --data; name the pictures themselves instead")
     if data is not None and max_side is not None:
         raise TokenstepError("--max-side: labels have their pictures' size; leave it out")
-    wanted = max_side_of(max_side)
+    long_side = max_side_of(max_side)
     require_writable(out)
     folder = None if data is None else LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    of = header(model, network.config, thresholds, point)
+    head = header(model, network.config, thresholds, point)
     title = f"Where the tokens of {model} go"
     if folder is None:
-        side = side_for(wanted, network.config.long_side)
-        of["max_side"] = side
+        side = side_for(long_side, network.config.long_side)
+        head["max_side"] = side
         report, sections = _explain_pictures(network, pictures or [], thresholds, side)
     else:
-        of |= {"data": folder.root.resolve().name, "split": folder.title}
-        title += f" on {of['data']}, {folder.title}"
+        head |= {"data": folder.root.resolve().name, "split": folder.title}
+        title += f" on {head['data']}, {folder.title}"
         report, sections = _explain_data(network, folder, thresholds)
     for fault in report["faults"]:
         complain(fault["error"])
     if not sections:
         raise typer.Exit(2)
     intro = _intro(thresholds, point)
-    scaled = sum("scaled_from" in one for one in report.get("pictures", ()) if folder is None)
+    scaled = sum("scaled_from" in entry for entry in report.get("pictures", ()) if folder is None)
     if scaled:
-        note = scale_note(scaled, of["max_side"], max_side)
+        note = scale_note(scaled, head["max_side"], max_side)
         intro += f" {note[0].upper()}{note[1:]}."
         print(note)
     text = page(title, intro, sections)
-    _write(out, {**of, **report}, sections, text)
+    _write(out, {**head, **report}, sections, text)
     print(summary.warned(report.get("warnings", [])), end="")
     print(f"report in {out / 'report.html'}")
     if report["faults"]:
@@ -106,8 +107,8 @@ def explain_command(
 
 
 def _explain_pictures(
-    network: "Segmenter", named: Sequence[str], thresholds: Thresholds, max_side: int | None
-) -> Found:
+    network: "Segmenter", arguments: Sequence[str], thresholds: Thresholds, max_side: int | None
+) -> Explanation:
     """Explain each picture that can be read and segmented."""
     from tokenstep.data.pictures import find_pictures, read_picture, to_tensor
     from tokenstep.data.scaling import scaled_down
@@ -116,8 +117,8 @@ def _explain_pictures(
     from tokenstep.serve.files import missing, output_names
     from tokenstep.serve.windows import fits
 
-    paths, none = find_pictures(named)
-    faults = missing(paths, none)
+    paths, missed = find_pictures(arguments)
+    faults = missing(paths, missed)
     entries: list[dict[str, Any]] = []
     sections: list[Section] = []
     with progress_bar() as progress:
@@ -131,8 +132,8 @@ def _explain_pictures(
                 view = view_of(network, image, thresholds)
             except TokenstepError as error:
                 reason = str(error)
-                named_so = reason if str(path) in reason else f"{path}: {reason}"
-                faults.append({"file": str(path), "name": name, "error": named_so})
+                message = reason if str(path) in reason else f"{path}: {reason}"
+                faults.append({"file": str(path), "name": name, "error": message})
                 continue
             numbers = explain_picture(view)
             entries.append({"file": str(path), "name": name, **numbers})
@@ -142,8 +143,10 @@ def _explain_pictures(
     return {"pictures": entries, "faults": faults}, sections
 
 
-def _explain_data(network: "Segmenter", folder: "LabelledFolder", thresholds: Thresholds) -> Found:
-    """Explain a labelled folder, and the pictures that lost most against dense one by one."""
+def _explain_data(
+    network: "Segmenter", folder: "LabelledFolder", thresholds: Thresholds
+) -> Explanation:
+    """Explain a labelled folder, then each of the pictures that lost most against dense."""
     from tokenstep.explain.folder import explain_folder, worst
     from tokenstep.explain.report import Section
     from tokenstep.explain.sections import difference_section, picture_sections, set_sections
@@ -170,18 +173,18 @@ def _explain_data(network: "Segmenter", folder: "LabelledFolder", thresholds: Th
         dense = network.segment_batch([image], thresholds=DENSE)[0].labels
         truth = label.numpy()
         numbers = explain_picture(view)
-        found = difference_rows(view.result.labels, dense, truth)
+        rows = difference_rows(view.result.labels, dense, truth)
         name = Path(file).stem
-        report["worst"].append({"picture": file, **numbers, "difference": found})
+        report["worst"].append({"picture": file, **numbers, "difference": rows})
         sections += picture_sections(name, view, numbers, rank=3)
         sections.append(difference_section(name, view, dense, truth))
     return report, sections
 
 
 def _intro(thresholds: Thresholds, point: OperatingPoint | None) -> str:
-    """What the model ran at."""
+    """The thresholds that the model ran at, and the operating point that they are, if one."""
     merge, exits = (
-        ", ".join(map(str, bars)) or "off" for bars in (thresholds.merge, thresholds.exits)
+        ", ".join(map(str, values)) or "off" for values in (thresholds.merge, thresholds.exits)
     )
     text = f"Merge thresholds: {merge}. Exit thresholds: {exits}."
     return text if point is None else f"{text} At this {summary.promise(point)}."

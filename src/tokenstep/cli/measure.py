@@ -20,7 +20,7 @@ from tokenstep.cli.options import (
     numbers,
 )
 from tokenstep.errors import TokenstepError
-from tokenstep.measure.choices import PARTITIONS, Search
+from tokenstep.measure.choices import PARTITION_SOURCES, Search
 from tokenstep.serve import summary
 from tokenstep.terminal import as_json, console, progress_bar, require_extra
 
@@ -33,7 +33,9 @@ def evaluate_command(
     model: ModelName = "road",
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     names: Names = None,
-    partition: Annotated[str, typer.Option(help=f"One of {', '.join(PARTITIONS)}.")] = "policy",
+    partition: Annotated[
+        str, typer.Option(help=f"One of {', '.join(PARTITION_SOURCES)}.")
+    ] = "policy",
     tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="Impurity that the oracle lets pass.")
     ] = 0.0,
@@ -50,11 +52,11 @@ def evaluate_command(
     from tokenstep.data.labelled_folder import LabelledFolder
     from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.evaluate import evaluate
-    from tokenstep.measure.quality import Run
+    from tokenstep.measure.quality import Method
 
-    source = next((known for known in PARTITIONS if known == partition), None)
+    source = next((known for known in PARTITION_SOURCES if known == partition), None)
     if source is None:
-        raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITIONS)}")
+        raise TokenstepError(f"--partition {partition}: choose from {', '.join(PARTITION_SOURCES)}")
     printed = json_file == Path("-")
     if json_file is not None and not printed:
         if json_file.is_dir():
@@ -63,12 +65,12 @@ def evaluate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    run = Run(thresholds, source, tolerance)
+    method = Method(thresholds, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
-        found = evaluate(network, folder, run, on_picture=lambda: progress.advance(task))
-    of = {"model": model, "data": data.resolve().name, "split": split}
-    report = {**of, **found, "point": point and point.report()}
+        measured = evaluate(network, folder, method, on_picture=lambda: progress.advance(task))
+    head = {"model": model, "data": data.resolve().name, "split": split}
+    report = {**head, **measured, "point": point and point.report()}
     if printed:
         print(as_json(report))
         return
@@ -119,7 +121,7 @@ def calibrate_command(
     network = load_model(model, device, threads)
     with held(out), progress_bar() as progress:
         tasks = {name: progress.add_task(name, total=None) for name in ("search", "confirm")}
-        found = calibrate(
+        calibration = calibrate(
             network,
             folder,
             out / "calibration.notes.json",
@@ -130,7 +132,7 @@ def calibrate_command(
         )
         (network.half() if half else network).save_pretrained(out)
         write_card(out, card_of(out, network.config))
-        report = {"model": model, "data": data.resolve().name, **found}
+        report = {"model": model, "data": data.resolve().name, **calibration}
         write_text(out / "calibration.json", as_json(report) + "\n")
     console.print(tables.calibrated(report))
     print(f"saved to {out}; try: tokenstep evaluate --model {out} --data DIR --max-loss 0.5")
@@ -172,10 +174,10 @@ def compare_command(
         rows = compare(
             network, folder, thresholds, others=others, on_picture=lambda: progress.advance(task)
         )
-    of = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
-    write_text(out / "compare.json", as_json({**of, "warnings": warnings, "rows": rows}) + "\n")
+    head = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
+    write_text(out / "compare.json", as_json({**head, "warnings": warnings, "rows": rows}) + "\n")
     text = markdown(rows) + summary.warned(warnings)
     write_text(out / "compare.md", text)
-    title = f"{model} on {of['data']} {split}, {len(folder)} pictures"
+    title = f"{model} on {head['data']} {split}, {len(folder)} pictures"
     write_whole(out / "compare.png", lambda path: figure(rows, path, title))
     print(text, end="")

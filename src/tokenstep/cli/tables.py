@@ -81,8 +81,8 @@ def calibrated(report: dict[str, Any]) -> Table:
             f"{point['gmac']:.2f}",
             f"{point['tokens']:.0f}",
             f"{point['halted_share']:.2f}",
-            " ".join(f"{bar:g}" for bar in thresholds["merge"]) or "off",
-            " ".join(f"{bar:g}" for bar in thresholds["exits"]) or "off",
+            " ".join(f"{value:g}" for value in thresholds["merge"]) or "off",
+            " ".join(f"{value:g}" for value in thresholds["exits"]) or "off",
             str(thresholds["spare"]),
         )
     dense = report["dense"]
@@ -92,7 +92,7 @@ def calibrated(report: dict[str, Any]) -> Table:
 
 
 def benched(rows: Sequence[dict[str, Any]]) -> Group:
-    """A table per case and scope, a row per way, and below what their columns are."""
+    """A table per case and scope with a row per method, and below what the columns are."""
     return Group(
         *(
             _case(f"{size}, batch {batch}, {scope.replace('_', ' ')}", list(group))

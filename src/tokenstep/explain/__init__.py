@@ -1,5 +1,6 @@
-"""Where tokens go: views of one picture, sums over a labelled folder, and the report of both.
+"""Where tokens go, in one picture or a labelled folder, and the report of it.
 
-`views` looks at a picture, `sums` and `folder` at a labelled set; `figures` draws maps and `plots`
-rows of tables; `sections` says what a report consists of and `report` writes it as one page.
+`views` segments a picture and makes its tables. `sums` adds up a labelled folder, and `folder`
+makes its tables. `figures` draws maps and `plots` draws tables. `sections` lists what a report
+consists of, and `report` writes it as one page.
 """

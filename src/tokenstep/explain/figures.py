@@ -1,7 +1,7 @@
 """Maps of where one picture's tokens go, drawn onto axes, so that a notebook may compose them.
 
-Needs matplotlib, the extra `plot`. Colours are viridis for what is ordered and those of Okabe and
-Ito for what is not: told apart with any common colour blindness.
+The module needs matplotlib, the extra `plot`. Colours are viridis for what is ordered and those of
+Okabe and Ito for what is not. Readers with any common colour blindness tell them apart.
 """
 
 import io
@@ -49,7 +49,7 @@ def map_height(view: View) -> float:
 
 
 def png(page: Figure, *, photo: bool = False) -> bytes:
-    """The figure as a PNG file; of a ``photo`` with 256 colours, a third of the bytes."""
+    """The figure as the bytes of a PNG; a ``photo`` gets 256 colours, a third of the bytes."""
     stream = io.BytesIO()
     page.savefig(stream, format="png")
     if not photo:
@@ -86,29 +86,29 @@ def halting(axes: Axes, view: View) -> None:
     _below(axes, [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=True)])
 
 
-def confidence(axes: Axes, view: View, seen: ExitView) -> None:
-    """Colour each cell by how sure the exit was of its token; white where it had halted before."""
-    shades = np.nan_to_num(seen.confidence)
+def confidence(axes: Axes, view: View, exit_view: ExitView) -> None:
+    """Colour each cell by the confidence of its token; white where it had halted before."""
+    shades = np.nan_to_num(exit_view.confidence)
     coloured = (255 * colormaps["viridis"](shades)[..., :3]).round().astype(np.uint8)
-    coloured[np.isnan(seen.confidence)] = 255
+    coloured[np.isnan(exit_view.confidence)] = 255
     shown = axes.imshow(shades, cmap="viridis", vmin=0, vmax=1, visible=False)
     _map(axes, over_pixels(coloured, view.result.patch, view.result.labels.shape))
     page = axes.get_figure(root=True)
-    bar = page.colorbar(shown, ax=axes, shrink=0.8) if page is not None else None
-    if bar is not None:
-        bar.set_label("confidence of the token, 0 to 1")
-        if seen.bar is not None:
-            bar.ax.axhline(seen.bar, color=RED, linewidth=2)
-    parts = [f"exit after block {seen.after}", "exits are off"]
-    if seen.bar is not None:
-        parts[1] = f"above {seen.bar:g} tokens may halt"
-    if np.isnan(seen.confidence).any():
+    if page is not None:
+        scale = page.colorbar(shown, ax=axes, shrink=0.8)
+        scale.set_label("confidence of the token, 0 to 1")
+        if exit_view.threshold is not None:
+            scale.ax.axhline(exit_view.threshold, color=RED, linewidth=2)
+    parts = [f"exit after block {exit_view.after}", "exits are off"]
+    if exit_view.threshold is not None:
+        parts[1] = f"above {exit_view.threshold:g} tokens may halt"
+    if np.isnan(exit_view.confidence).any():
         parts.append("white: had halted before")
     axes.set_title("; ".join(parts))
 
 
 def difference(axes: Axes, view: View, dense: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
-    """Mark the pixels that STEP labels otherwise than dense; all maps are ``(h, w)``."""
+    """Mark the pixels where STEP and dense differ; ``dense`` and ``truth`` are ``(h, w)``."""
     step = view.result.labels
     masks = differences(step, dense, truth)
     drawn = _grey(view.image)

@@ -17,15 +17,15 @@ from tokenstep.measure.quality import require_same_classes
 from tokenstep.measure.reliability import reliability_of
 from tokenstep.model.segmenter import Segmenter
 
-STEP = "step"  # the way that is explained; the others are there to hold it against
+STEP = "step"  # the method that is explained; the others are compared with it
 
 
-def ways_of(thresholds: Thresholds) -> dict[str, Thresholds]:
-    """The ways that each picture is run in: dense, ``thresholds``, and their merging alone."""
-    ways = {"dense": DENSE}
+def methods_of(thresholds: Thresholds) -> dict[str, Thresholds]:
+    """The methods by name: dense, the merging of ``thresholds`` alone, and ``thresholds``."""
+    methods = {"dense": DENSE}
     if thresholds.merge and thresholds.exits:
-        ways["merging_alone"] = thresholds.without_exits()
-    return {**ways, STEP: thresholds}
+        methods["merging_alone"] = thresholds.without_exits()
+    return {**methods, STEP: thresholds}
 
 
 def explain_folder(
@@ -35,7 +35,7 @@ def explain_folder(
     *,
     on_picture: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Every number about a folder's tokens, as plain data: rows of tables.
+    """Give every number about a folder's tokens as plain data: the rows of tables.
 
     A picture that cannot be read or segmented is named in ``faults`` and the others go on.
     ``warnings`` are lines on classes without a pixel.
@@ -45,16 +45,16 @@ def explain_folder(
             pixel has a label.
     """
     require_same_classes(model, folder)
-    ways = ways_of(thresholds)
-    sums = FolderSums(model, tuple(ways))
+    methods = methods_of(thresholds)
+    sums = FolderSums(model, tuple(methods))
     faults: Rows = []
     for index, path in enumerate(folder.paths):
         try:
             image, label = folder[index]
             others = [
-                model.segment_batch([image], thresholds=chosen)[0]
-                for way, chosen in ways.items()
-                if way != STEP
+                model.segment_batch([image], thresholds=settings)[0]
+                for method, settings in methods.items()
+                if method != STEP
             ]
             view = view_of(model, image, thresholds)
         except TokenstepError as error:
@@ -72,20 +72,20 @@ def explain_folder(
 
 
 def worst(pictures: Sequence[dict[str, Any]], most: int = 10) -> list[str]:
-    """Names of the pictures that lost most points against dense, the worst first."""
+    """Names of the ``most`` pictures that lost most points against dense, the worst first."""
     known = [row for row in pictures if row["points_lost"] is not None]
     return [row["picture"] for row in sorted(known, key=lambda row: -row["points_lost"])[:most]]
 
 
 def rows_of(sums: FolderSums) -> dict[str, Any]:
-    """All tables of a folder.
+    """The rows of all tables of a folder.
 
     Raises:
         TokenstepError: no pixel has a label.
     """
     return {
         "images": len(sums.pictures),
-        "ways": _way_rows(sums),
+        "ways": _method_rows(sums),
         "live": _live_rows(sums),
         "classes": _class_rows(sums),
         "class_depths": _class_depth_rows(sums),
@@ -98,14 +98,14 @@ def rows_of(sums: FolderSums) -> dict[str, Any]:
     }
 
 
-def _way_rows(sums: FolderSums) -> Rows:
+def _method_rows(sums: FolderSums) -> Rows:
     rows: Rows = []
     dense = sums.tallies["dense"].scores().miou
-    for way, gmac in zip(sums.ways, np.mean(sums.gmac, axis=0).tolist(), strict=True):
-        scores = sums.tallies[way].scores()
+    for method, gmac in zip(sums.methods, np.mean(sums.gmac, axis=0).tolist(), strict=True):
+        scores = sums.tallies[method].scores()
         rows.append(
             {
-                "way": way,
+                "way": method,
                 "miou": scores.miou,
                 "points_lost": 100 * (dense - scores.miou),
                 "accuracy": scores.accuracy,
@@ -131,8 +131,8 @@ def _live_rows(sums: FolderSums) -> Rows:
 
 
 def _class_rows(sums: FolderSums) -> Rows:
-    tokens, pixels = sums.spent.sum(0)[:-1].tolist(), sums.class_pixels[:-1].tolist()
-    dense, step = (sums.tallies[way].scores().iou for way in ("dense", STEP))
+    tokens, pixels = sums.tokens.sum(0)[:-1].tolist(), sums.class_pixels[:-1].tolist()
+    dense, step = (sums.tallies[method].scores().iou for method in ("dense", STEP))
     return [
         {
             "class": name,
@@ -148,21 +148,21 @@ def _class_rows(sums: FolderSums) -> Rows:
 
 
 def depth_key(blocks: int, depth: int) -> str:
-    """The column of the tokens that ended there."""
+    """The column of the tokens that ran ``blocks`` of ``depth`` blocks."""
     return depth_name(blocks, depth).replace(" ", "_") + "_share"
 
 
 def _class_depth_rows(sums: FolderSums) -> Rows:
     keys = [depth_key(blocks, sums.depths[-1]) for blocks in sums.depths]
     return [
-        {"class": name, **dict(zip(keys, (spent / spent.sum()).tolist(), strict=True))}
-        for name, spent in zip(sums.names, sums.spent.T[:-1], strict=True)
-        if spent.any()
+        {"class": name, **dict(zip(keys, (tokens / tokens.sum()).tolist(), strict=True))}
+        for name, tokens in zip(sums.names, sums.tokens.T[:-1], strict=True)
+        if tokens.any()
     ]
 
 
 def _depth_rows(sums: FolderSums) -> Rows:
-    tokens = sums.spent.sum(1).tolist()
+    tokens = sums.tokens.sum(1).tolist()
     return [
         {
             "depth": depth_name(blocks, sums.depths[-1]),
@@ -177,13 +177,15 @@ def _depth_rows(sums: FolderSums) -> Rows:
 
 
 def _reliability_rows(sums: FolderSums) -> Rows:
-    """One row per exit and bin that holds anything; ``ece`` is the exit's."""
+    """One row per exit and bin that holds sub-cells; ``exit_ece`` is of the whole exit."""
     rows: Rows = []
-    for after, binned in zip(sums.depths, sums.reliability, strict=False):  # none at the end
+    for after, binned in zip(
+        sums.depths, sums.reliability, strict=False
+    ):  # the last depth is no exit
         if not binned.any():
             continue
-        found = reliability_of(binned)
-        columns = (found[key] for key in ("confidence", "accuracy", "share"))
+        report = reliability_of(binned)
+        columns = (report[key] for key in ("confidence", "accuracy", "share"))
         for confidence, accuracy, share in zip(*columns, strict=True):
             if share:
                 rows.append(
@@ -192,7 +194,7 @@ def _reliability_rows(sums: FolderSums) -> Rows:
                         "confidence": confidence,
                         "accuracy": accuracy,
                         "sub_cells_share": share,
-                        "exit_ece": found["ece"],
+                        "exit_ece": report["ece"],
                     }
                 )
     return rows
@@ -228,7 +230,10 @@ def _band_rows(sums: FolderSums) -> Rows:
 
 
 def _wrong(sums: FolderSums, groups: NDArray[np.int64], k: int) -> dict[str, float | None]:
-    """A group's share of the labelled pixels, and what share of its own each way got wrong."""
+    """A group's share of the labelled pixels, and the share of them wrong by each method."""
     pixels, *wrong = groups[k].tolist()
-    shares = {f"{w}_wrong_share": ratio(n, pixels) for w, n in zip(sums.ways, wrong, strict=True)}
+    shares = {
+        f"{method}_wrong_share": ratio(count, pixels)
+        for method, count in zip(sums.methods, wrong, strict=True)
+    }
     return {"pixels_share": pixels / int(groups[:, 0].sum()), **shares}

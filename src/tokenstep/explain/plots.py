@@ -1,4 +1,4 @@
-"""Plots of the rows that a report of tokens holds, drawn onto axes as `figures` draws maps.
+"""Plots of a report's tables, drawn onto axes as `figures` draws maps.
 
 Each takes the rows of the table that it stands over.
 """
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tokenstep.explain.figures import BLACK, BLUE, ORANGE, RED, SKY, depth_colours
 from tokenstep.explain.views import Rows
 
-WAYS = {  # colour, marker and name of each way that a picture is run in
+METHODS = {  # colour, marker and name of each method
     "dense": (BLACK, "o", "dense"),
     "merging_alone": (ORANGE, "s", "merging alone"),
     "step": (BLUE, "^", "STEP"),
@@ -54,7 +54,7 @@ def density(axes: Axes, rows: Rows) -> None:
 
 
 def class_depths(axes: Axes, rows: Rows, depths: Sequence[int]) -> None:
-    """Where each class's tokens end, as shares of them."""
+    """The share of each class's tokens that end at each depth."""
     places = np.arange(len(rows))
     keys = [key for key in rows[0] if key != "class"]
     left = np.zeros(len(rows))
@@ -69,7 +69,7 @@ def class_depths(axes: Axes, rows: Rows, depths: Sequence[int]) -> None:
 
 
 def depth_errors(axes: Axes, rows: Rows) -> None:
-    """How often tokens are wrong by where they end, beside dense on the same pixels."""
+    """The share of wrong tokens by the depth where they end, beside dense on the same pixels."""
     wanted = {
         "token_wrong_share": (RED, "tokens, by their majority"),
         "step_wrong_share": (BLUE, "their pixels, STEP"),
@@ -81,26 +81,28 @@ def depth_errors(axes: Axes, rows: Rows) -> None:
 
 def reliability(axes: Axes, rows: Rows, after: int) -> None:
     """Accuracy against confidence at one exit, with the share of the sub-cells as bars."""
-    own = [row for row in rows if row["exit_after_block"] == after]
-    confidence = [row["confidence"] for row in own]
+    bins = [row for row in rows if row["exit_after_block"] == after]
+    confidence = [row["confidence"] for row in bins]
     axes.bar(
         np.floor(np.minimum(confidence, 0.999) * 10) / 10 + 0.05,
-        [row["sub_cells_share"] for row in own],
+        [row["sub_cells_share"] for row in bins],
         width=0.09,
         color=SKY,
         alpha=0.6,
         label="share of the sub-cells",
     )
     axes.plot([0, 1], [0, 1], color=BLACK, linestyle="--", label="honest")
-    axes.plot(confidence, [row["accuracy"] for row in own], color=RED, marker="o", label="accuracy")
-    axes.set_title(f"exit after block {after}, ECE {own[0]['exit_ece']:.3f}")
+    axes.plot(
+        confidence, [row["accuracy"] for row in bins], color=RED, marker="o", label="accuracy"
+    )
+    axes.set_title(f"exit after block {after}, ECE {bins[0]['exit_ece']:.3f}")
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy, and share of the sub-cells")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.set_aspect("equal")
     _grid(axes)
-    axes.legend(loc="upper left")  # its title stands above
+    axes.legend(loc="upper left")  # above stands the title
 
 
 def purity(axes: Axes, rows: Rows) -> None:
@@ -113,8 +115,10 @@ def purity(axes: Axes, rows: Rows) -> None:
 
 
 def size_errors(axes: Axes, rows: Rows) -> None:
-    """How often pixels are wrong by the size of their superpatch, in each way."""
-    wanted = {f"{way}_wrong_share": (colour, name) for way, (colour, _, name) in WAYS.items()}
+    """The share of wrong pixels by the size of their superpatch, for each method."""
+    wanted = {
+        f"{method}_wrong_share": (colour, name) for method, (colour, _, name) in METHODS.items()
+    }
     present = {key: value for key, value in wanted.items() if key in rows[0]}
     _columns(axes, rows, "patches_a_side", present)
     axes.set_xlabel("side of the superpatch, patches")
@@ -122,10 +126,10 @@ def size_errors(axes: Axes, rows: Rows) -> None:
 
 
 def bands(axes: Axes, rows: Rows) -> None:
-    """How often pixels are wrong by their distance from a boundary, in each way."""
+    """The share of wrong pixels by their distance from a boundary, for each method."""
     places = np.arange(len(rows))
-    for way, (colour, marker, name) in WAYS.items():
-        key = f"{way}_wrong_share"
+    for method, (colour, marker, name) in METHODS.items():
+        key = f"{method}_wrong_share"
         if key in rows[0]:
             values = [np.nan if row[key] is None else row[key] for row in rows]
             axes.plot(places, values, color=colour, marker=marker, label=name)
@@ -174,7 +178,7 @@ def _classes(axes: Axes, rows: Rows) -> None:
 
 
 def _columns(axes: Axes, rows: Rows, by: str, wanted: dict[str, tuple[str, str]]) -> None:
-    """Bars upwards, one group per row; a share that nothing defines has none."""
+    """Bars upwards, one group per row; a share that is None has no bar."""
     places, thick = np.arange(len(rows)), 0.8 / len(wanted)
     for number, (key, (colour, name)) in enumerate(wanted.items()):
         shift = (number - (len(wanted) - 1) / 2) * thick

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: tables, and figures as data URIs."""
+"""A report as one HTML file that needs no other: tables, and figures as data URIs."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -43,23 +43,25 @@ th:first-child, td:first-child { text-align: left; }
 
 @dataclass(frozen=True, slots=True)
 class FigureFile:
-    """A figure as it stands in the report and beside it: ``png`` is the whole file."""
+    """A figure in the report and in a file beside it; ``png`` is the whole file."""
 
     name: str  # of its file, without the suffix
-    says: str  # the alternative text
+    alt_text: str
     png: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading, what is to be seen and how it is defined, figures, and their tables."""
+    """A heading, a text that defines what is shown, figures, and their tables."""
 
     title: str
     text: str
     figures: Sequence[FigureFile] = ()
     tables: Sequence[Rows] = ()
-    rank: int = 2  # of the heading: 3 lies under the last 2
-    headings: Mapping[str, str] = field(default_factory=dict)  # of columns, before `HEADINGS`
+    rank: int = 2  # of the heading: one of rank 3 belongs to the last of rank 2
+    headings: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of columns; they go before `HEADINGS`
 
 
 def page(title: str, intro: str, sections: Sequence[Section]) -> str:
@@ -85,7 +87,7 @@ def _section(section: Section, number: int) -> str:
         parts.append(f"<p>{escape(section.text)}</p>")
     for figure in section.figures:
         data = b64encode(figure.png).decode("ascii")
-        parts.append(f'<img alt="{escape(figure.says)}" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="{escape(figure.alt_text)}" src="data:image/png;base64,{data}">')
     headings = {**HEADINGS, **section.headings}
     parts += [_table(rows, headings) for rows in section.tables if rows]
     return "\n".join(parts)

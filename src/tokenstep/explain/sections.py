@@ -1,4 +1,4 @@
-"""What a report of tokens consists of: each section's words, figures and tables."""
+"""What a report of tokens consists of: the text, figures and tables of each section."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,13 +15,13 @@ from tokenstep.explain.views import Rows, View, difference_rows
 Draw = Callable[[Axes], None]
 
 
-def _figure(name: str, says: str, *draws: Draw, height: float = 4.0) -> FigureFile:
-    return FigureFile(name, says, figures.png(figures.figure(*draws, height=height)))
+def _figure(name: str, alt_text: str, *draws: Draw, height: float = 4.0) -> FigureFile:
+    return FigureFile(name, alt_text, figures.png(figures.figure(*draws, height=height)))
 
 
-def _photo(name: str, says: str, draw: Draw, view: View) -> FigureFile:
+def _photo(name: str, alt_text: str, draw: Draw, view: View) -> FigureFile:
     page = figures.figure(draw, height=figures.map_height(view))
-    return FigureFile(name, says, figures.png(page, photo=True))
+    return FigureFile(name, alt_text, figures.png(page, photo=True))
 
 
 def picture_sections(
@@ -36,12 +36,12 @@ def picture_sections(
     height = 0.85 * figures.map_height(view)  # its scale takes some of the width
     confidence = [
         _figure(
-            f"{name}.confidence-{seen.after}",
-            f"confidence of each token at the exit after block {seen.after}",
-            partial(figures.confidence, view=view, seen=seen),
+            f"{name}.confidence-{exit_view.after}",
+            f"confidence of each token at the exit after block {exit_view.after}",
+            partial(figures.confidence, view=view, exit_view=exit_view),
             height=height,
         )
-        for seen in view.exits
+        for exit_view in view.exits
     ]
     live = partial(plots.live, rows=report["live"])
     outlines = partial(figures.partition, view=view)
@@ -98,10 +98,10 @@ def difference_section(
 
 def set_sections(report: dict[str, Any]) -> list[Section]:
     """The sections of a labelled folder, before those of single pictures."""
-    return [*_spending_sections(report), *_trust_sections(report), *_cost_sections(report)]
+    return [*_token_sections(report), *_exit_sections(report), *_error_sections(report)]
 
 
-def _spending_sections(report: dict[str, Any]) -> list[Section]:
+def _token_sections(report: dict[str, Any]) -> list[Section]:
     classes = report["classes"]
     height = 1.5 + 0.28 * len(classes)
     depths = [row["blocks"] for row in report["depths"]]
@@ -159,7 +159,7 @@ def _depth_headings(rows: Rows) -> dict[str, str]:
     return {k: f"{n}, share of the class's tokens" for k, n in zip(keys, names, strict=True)}
 
 
-def _trust_sections(report: dict[str, Any]) -> list[Section]:
+def _exit_sections(report: dict[str, Any]) -> list[Section]:
     rows = report["reliability"]
     exits = sorted({row["exit_after_block"] for row in rows})
     diagrams = [partial(plots.reliability, rows=rows, after=after) for after in exits]
@@ -195,7 +195,7 @@ def _trust_sections(report: dict[str, Any]) -> list[Section]:
     ]
 
 
-def _cost_sections(report: dict[str, Any]) -> list[Section]:
+def _error_sections(report: dict[str, Any]) -> list[Section]:
     return [
         Section(
             "Superpatch sizes",

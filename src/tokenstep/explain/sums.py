@@ -1,4 +1,4 @@
-"""Sums over labelled pictures that were segmented in several ways: tokens, pixels, exits."""
+"""Sums over labelled pictures that were segmented with several methods: tokens, pixels, exits."""
 
 from collections.abc import Sequence
 
@@ -18,22 +18,23 @@ LEVELS = 16  # more than superpatches have: a side of 2 ** 15 patches
 
 
 class FolderSums:
-    """What is counted of a folder; the last of ``ways`` is the one that is explained.
+    """What is counted of a folder; the last of ``methods`` is the one that is explained.
 
     A token that lies over several classes counts for each by its share of the token's pixels.
-    Arrays by way hold the labelled pixels first, then the wrong ones of each way.
+    Arrays with a column per method hold the labelled pixels in the first column, then the wrong
+    pixels of each method.
     """
 
-    def __init__(self, model: Segmenter, ways: Sequence[str]) -> None:
+    def __init__(self, model: Segmenter, methods: Sequence[str]) -> None:
         self.names = model.config.classes
-        self.ways = tuple(ways)
+        self.methods = tuple(methods)
         self.patch = model.patch
         self.depths = [*model.exits.after, len(model.encoder.blocks)]
         # Distances from a boundary in px, up to two patches.
         self.edges = sorted({max(1, 2 * model.patch // part) for part in (1, 2, 4, 8, 16)})
-        classes, columns, depths = len(self.names), 1 + len(self.ways), len(self.depths)
-        self.tallies = {way: Tally(classes) for way in self.ways}
-        self.spent = np.zeros((depths, classes + 1))  # tokens; the last column has no label
+        classes, columns, depths = len(self.names), 1 + len(self.methods), len(self.depths)
+        self.tallies = {method: Tally(classes) for method in self.methods}
+        self.tokens = np.zeros((depths, classes + 1))  # by class; the last column has no label
         self.class_pixels = np.zeros(classes + 1, np.int64)
         self.judged = np.zeros((depths, 2), np.int64)  # tokens with labels, and wrong ones
         self.purity = np.zeros((LEVELS, 3))  # superpatches with labels, pure ones, summed purity
@@ -46,10 +47,10 @@ class FolderSums:
         self.pictures: Rows = []
 
     def add(self, name: str, view: View, others: Sequence[Result], label: Tensor) -> None:
-        """Count one picture; ``others`` are its results in the other ways, ``label (h, w)``."""
+        """Count one picture; ``others`` are the results of the other methods, ``label (h, w)``."""
         results = [*others, view.result]
-        for way, result in zip(self.ways, results, strict=True):
-            self.tallies[way].add(torch.from_numpy(result.labels), label)
+        for method, result in zip(self.methods, results, strict=True):
+            self.tallies[method].add(torch.from_numpy(result.labels), label)
         truth = label.numpy()
         valid = truth != IGNORE
         wrong = [valid & (result.labels != truth) for result in results]
@@ -58,7 +59,7 @@ class FolderSums:
         self._add_exits(view, label)
         self.live.append(view.result.tokens.live)
         self.gmac.append([result.cost.total for result in results])
-        labelled, before, now = (int(mask.sum()) for mask in (valid, wrong[0], wrong[-1]))
+        labelled, dense, step = (int(mask.sum()) for mask in (valid, wrong[0], wrong[-1]))
         self.pictures.append(
             {
                 "picture": name,
@@ -66,35 +67,35 @@ class FolderSums:
                 "tokens": view.result.tokens.start,
                 "tokens_at_end": view.result.tokens.end,
                 "gmac": view.result.cost.total,
-                "dense_wrong_share": ratio(before, labelled),
-                "step_wrong_share": ratio(now, labelled),
-                "points_lost": 100 * (now - before) / labelled if labelled else None,
+                "dense_wrong_share": ratio(dense, labelled),
+                "step_wrong_share": ratio(step, labelled),
+                "points_lost": 100 * (step - dense) / labelled if labelled else None,
             }
         )
 
     def _add_tokens(self, result: Result, truth: NDArray[np.uint8]) -> None:
-        """Count whole tokens: what classes they lie over, whether they are pure and right."""
+        """Count whole tokens: the classes under them, whether they are pure, and whether right."""
         use, classes = result.tokens, len(self.names)
         first, token = np.unique(use.owner, return_inverse=True)
         token = over_pixels(token.reshape(use.owner.shape), self.patch, truth.shape)
         shape = (len(first), classes + 1)
-        held = _histogram(token, np.minimum(truth, classes), shape)
-        said = _histogram(token, result.labels, shape)
-        own, labelled = held[:, :classes], held[:, :classes].sum(1)
+        true = _histogram(token, np.minimum(truth, classes), shape)
+        predicted = _histogram(token, result.labels, shape)
+        of_classes, labelled = true[:, :classes], true[:, :classes].sum(1)
         depth = np.searchsorted(self.depths, use.layer.ravel()[first])
-        np.add.at(self.spent, depth, held / held.sum(1, keepdims=True))
-        self.class_pixels += held.sum(0)
+        np.add.at(self.tokens, depth, true / true.sum(1, keepdims=True))
+        self.class_pixels += true.sum(0)
         known = labelled > 0
-        wrong = own.argmax(1) != said.argmax(1)
+        wrong = of_classes.argmax(1) != predicted.argmax(1)
         np.add.at(self.judged, depth[known], np.stack([known, wrong], 1)[known])
-        purity = own.max(1)[known] / labelled[known]
+        purity = of_classes.max(1)[known] / labelled[known]
         level = use.level.ravel()[first][known]
         np.add.at(self.purity, level, np.stack([np.ones_like(purity), purity == 1, purity], 1))
 
     def _add_pixels(
-        self, result: Result, label: Tensor, counted: Sequence[NDArray[np.bool_]]
+        self, result: Result, label: Tensor, masks: Sequence[NDArray[np.bool_]]
     ) -> None:
-        """Count labelled pixels and the wrong ones by depth, superpatch size and distance."""
+        """Count labelled and wrong pixels by depth, superpatch size and distance."""
         use, size = result.tokens, label.shape
         depth = np.searchsorted(self.depths, over_pixels(use.layer, self.patch, size))
         level = over_pixels(use.level, self.patch, size)
@@ -106,22 +107,22 @@ class FolderSums:
             (level, self.by_level),
             (np.asarray(band), self.by_band),
         ):
-            for column, mask in enumerate(counted):
+            for column, mask in enumerate(masks):
                 sums[:, column] += np.bincount(group[mask], minlength=len(sums))
 
     def _add_exits(self, view: View, label: Tensor) -> None:
-        """Count how sure each exit was of the sub-cells that were live, and how often right."""
-        for sums, seen in zip(self.reliability, view.exits, strict=True):
-            target = sub_cell_labels(label, self.patch, seen.logits.shape[:2])
-            side = len(target) // len(seen.confidence)
-            live = torch.from_numpy(~np.isnan(seen.confidence))
+        """Sum the confidence and the accuracy of each exit over the sub-cells that were live."""
+        for sums, exit_view in zip(self.reliability, view.exits, strict=True):
+            target = sub_cell_labels(label, self.patch, exit_view.logits.shape[:2])
+            side = len(target) // len(exit_view.confidence)
+            live = torch.from_numpy(~np.isnan(exit_view.confidence))
             live = live.repeat_interleave(side, 0).repeat_interleave(side, 1)
-            taken = live & (target != IGNORE)
-            sums += bin_sums(seen.logits[taken], target[taken])
+            counted = live & (target != IGNORE)
+            sums += bin_sums(exit_view.logits[counted], target[counted])
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """``part / whole``, None where there is nothing."""
+    """``part / whole``, or None where ``whole`` is 0."""
     return part / whole if whole else None
 
 

@@ -1,4 +1,4 @@
-"""Where one picture's tokens go: the picture segmented once, with what each exit thought of it."""
+"""Where one picture's tokens go: its label map, tokens, and the confidence of each exit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from tokenstep.model.segmented import TokenUse
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.exits import DeepSupervision, confidence_of
 
-Rows = list[dict[str, Any]]  # of a table; one key per column
+Rows = list[dict[str, Any]]  # the rows of a table; one key per column
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExitView:
-    """What one exit saw of a picture, just before it halted anything."""
+    """What one exit computed of a picture, before it halted tokens."""
 
     after: int  # blocks run
-    bar: float | None  # the confidence above which tokens may halt, None if the exits are off
-    confidence: NDArray[np.float32]  # (H, W) of the cell's token, 0..1; NaN: halted before
-    logits: Tensor  # (H * side, W * side, C) of the sub-cells over the temperature, on the CPU
+    threshold: float | None  # tokens with more confidence may halt; None if the exits are off
+    confidence: NDArray[np.float32]  # (H, W) of each cell's token, 0..1; NaN: halted before
+    logits: Tensor  # (H * side, W * side, C) of sub-cells, divided by temperature, on the CPU
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A segmented picture and what its exits saw."""
+    """A segmented picture and what its exits computed."""
 
     image: NDArray[np.uint8]  # (h, w, 3)
     result: Result
@@ -41,49 +41,49 @@ class View:
 
 @torch.inference_mode()
 def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
-    """Segment ``image (3, h, w)`` uint8 and keep what each exit saw.
+    """Segment ``image (3, h, w)`` uint8 and keep what each exit computed.
 
-    The exits look on in any case; they halt tokens where ``thresholds`` have them on.
+    All exits run, also where ``thresholds`` turn them off; then they halt nothing.
 
     Raises:
         TokenstepError: the logits are not finite.
     """
-    watch = DeepSupervision(model.exits)
-    result = model.segment_batch([image], thresholds=thresholds, reducers=[watch])[0]
+    recorder = DeepSupervision(model.exits)
+    result = model.segment_batch([image], thresholds=thresholds, reducers=[recorder])[0]
     level = torch.from_numpy(result.tokens.level)[None].to(next(model.parameters()).device)
     temperatures = model.config.temperatures or (1.0,) * len(model.exits.after)
-    bars: Sequence[float | None] = thresholds.exits or (None,) * len(model.exits.after)
+    exit_thresholds: Sequence[float | None] = thresholds.exits or (None,) * len(model.exits.after)
     views = []
-    for after, bar, temperature, (tokens, logits) in zip(
-        model.exits.after, bars, temperatures, watch.seen, strict=True
+    for after, threshold, temperature, (tokens, logits) in zip(
+        model.exits.after, exit_thresholds, temperatures, recorder.seen, strict=True
     ):
-        tempered = logits / temperature
+        calibrated = logits / temperature
         rows = rows_of_cells(tokens)[0]
-        live = rows < len(tokens.x)  # the rows behind them had halted before
-        confidence = confidence_of(tempered)[0][rows.clamp(max=len(tokens.x) - 1)]
+        live = rows < len(tokens.x)  # cells of tokens that had halted name a row behind them
+        confidence = confidence_of(calibrated)[0][rows.clamp(max=len(tokens.x) - 1)]
         views.append(
             ExitView(
                 after,
-                bar,
+                threshold,
                 confidence.masked_fill(~live, torch.nan).cpu().numpy(),
-                unmerge(tokens, tempered, level)[0].float().cpu(),
+                unmerge(tokens, calibrated, level)[0].float().cpu(),
             )
         )
     return View(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), result, tuple(views))
 
 
 def depths_of(use: TokenUse) -> list[int]:
-    """Where tokens end: after each exit, and after the last block."""
+    """The blocks after which tokens end: those of the exits, and the last."""
     return [*use.halted, use.depth]
 
 
 def depth_name(blocks: int, depth: int) -> str:
-    """How a halting depth is called in tables and figures."""
+    """The name in tables and figures of the tokens that ran ``blocks`` of ``depth`` blocks."""
     return f"ran all {depth} blocks" if blocks == depth else f"halted after block {blocks}"
 
 
 def live_rows(use: TokenUse) -> Rows:
-    """Tokens that enter each block, and their share of the dense model's."""
+    """Tokens that enter each block, and their share of the dense model's tokens."""
     return [
         {"block": block, "tokens": count, "dense_share": count / use.grid}
         for block, count in enumerate(use.live, start=1)
@@ -118,28 +118,29 @@ def depth_rows(use: TokenUse) -> Rows:
 
 
 def exit_rows(view: View) -> Rows:
-    """What each exit saw: live tokens, their confidence, how many passed the bar and halted."""
+    """For each exit its live tokens, their confidence, and how many passed and halted."""
     use = view.result.tokens
     rows = []
     first = np.unique(use.owner)
-    for seen in view.exits:
-        known = seen.confidence.ravel()[first]
-        known = known[~np.isnan(known)]
+    for exit_view in view.exits:
+        confidence = exit_view.confidence.ravel()[first]
+        confidence = confidence[~np.isnan(confidence)]
+        threshold = exit_view.threshold
         rows.append(
             {
-                "exit_after_block": seen.after,
-                "live_tokens": len(known),
-                "mean_confidence": float(known.mean()) if len(known) else None,
-                "bar": seen.bar,
-                "above_the_bar": None if seen.bar is None else int((known > seen.bar).sum()),
-                "halted": use.halted[seen.after],
+                "exit_after_block": exit_view.after,
+                "live_tokens": len(confidence),
+                "mean_confidence": float(confidence.mean()) if len(confidence) else None,
+                "bar": threshold,
+                "above_the_bar": None if threshold is None else int((confidence > threshold).sum()),
+                "halted": use.halted[exit_view.after],
             }
         )
     return rows
 
 
 def explain_picture(view: View) -> dict[str, Any]:
-    """Every number about one picture's tokens, as plain data: rows of tables."""
+    """Give every number about one picture's tokens as plain data: the rows of tables."""
     report = view.result.report()
     return {
         **{key: report[key] for key in ("width", "height", "gmac", "classes")},
@@ -153,7 +154,10 @@ def explain_picture(view: View) -> dict[str, Any]:
 def differences(
     step: NDArray[np.uint8], dense: NDArray[np.uint8], truth: NDArray[np.uint8]
 ) -> dict[str, NDArray[np.bool_]]:
-    """Labelled pixels that STEP gives another class than dense, by who is right; all ``(h, w)``."""
+    """Masks of the labelled pixels where STEP and dense differ, by which is right.
+
+    ``step``, ``dense``, ``truth`` and the masks are ``(h, w)``.
+    """
     changed = (step != dense) & (truth != IGNORE)
     return {
         "lost: dense is right": changed & (dense == truth),
@@ -165,12 +169,12 @@ def differences(
 def difference_rows(
     step: NDArray[np.uint8], dense: NDArray[np.uint8], truth: NDArray[np.uint8]
 ) -> Rows:
-    """How many pixels :func:`differences` finds, and their share of the labelled ones."""
+    """The pixels of each mask of :func:`differences`, and their share of the labelled ones."""
     labelled = max(1, int((truth != IGNORE).sum()))
-    counts = {who: int(mask.sum()) for who, mask in differences(step, dense, truth).items()}
+    counts = {name: int(mask.sum()) for name, mask in differences(step, dense, truth).items()}
     return [
-        {"difference": who, "pixels": count, "labelled_share": count / labelled}
-        for who, count in counts.items()
+        {"difference": name, "pixels": count, "labelled_share": count / labelled}
+        for name, count in counts.items()
     ]
 
 

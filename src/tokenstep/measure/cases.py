@@ -1,4 +1,4 @@
-"""What is timed: real pictures of a size, different ones in each batch, from memory or files."""
+"""The pictures that are timed: of one size, others in each batch, from memory or files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Load = Callable[[], list[Tensor]]  # fetches a batch
 
 @dataclass(frozen=True)
 class Case:
-    """Pictures of ``size`` (h, w), ``batch`` of them at a time."""
+    """What is timed at a time: ``batch`` pictures of ``size`` (h, w) in pixels."""
 
     size: tuple[int, int]
     batch: int
@@ -31,8 +31,8 @@ def fitting(paths: Sequence[Path], case: Case) -> tuple[list[Path], list[Tensor]
     Raises:
         TokenstepError: they are fewer than a batch holds, or one cannot be read.
     """
-    found = [(path, fit(to_tensor(read_picture(path)), case.size)) for path in paths]
-    large = [(path, picture) for path, picture in found if picture is not None]
+    fitted = [(path, fit(to_tensor(read_picture(path)), case.size)) for path in paths]
+    large = [(path, picture) for path, picture in fitted if picture is not None]
     if len(large) < case.batch:
         height, width = case.size
         raise TokenstepError(
@@ -46,7 +46,7 @@ def fitting(paths: Sequence[Path], case: Case) -> tuple[list[Path], list[Tensor]
 def fit(picture: Tensor, size: tuple[int, int]) -> Tensor | None:
     """Cut the middle of ``picture (3, h, w)`` in the shape of ``size`` and scale it down to it.
 
-    None where the picture would have to be scaled up.
+    It is None where the picture would have to be scaled up.
     """
     factor = min(picture.shape[1] / size[0], picture.shape[2] / size[1])
     if factor < 1:
@@ -57,7 +57,7 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor | None:
 
 
 def is_noise(picture: Tensor) -> bool:
-    """Whether neighbouring pixels of ``picture (3, h, w)`` tell little of one another."""
+    """Whether neighbouring pixels of ``picture (3, h, w)`` hardly correlate."""
     grey = picture.float().mean(0)
     left, right = grey[:, :-1].flatten(), grey[:, 1:].flatten()
     if len(left) < 2 or min(float(left.std()), float(right.std())) == 0:
@@ -77,6 +77,7 @@ def batches_of(
         return picture
 
     get = pictures.__getitem__ if scope == "model" else from_file
-    for turn in count():
-        places = [(turn * case.batch + place) % len(files) for place in range(case.batch)]
-        yield lambda places=places: [get(place) for place in places]  # type: ignore[misc]
+    for number in count():
+        first = number * case.batch
+        indices = [(first + offset) % len(files) for offset in range(case.batch)]
+        yield lambda indices=indices: [get(index) for index in indices]  # type: ignore[misc]

@@ -1,12 +1,15 @@
-"""What the command line lets users choose from; it is read before torch is, so it needs nothing."""
+"""What the command line lets users choose from.
+
+It is read before torch is, so it imports neither torch nor anything that does.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-Partition = Literal["policy", "uniform", "oracle", "random"]
-PARTITIONS: tuple[Partition, ...] = ("policy", "uniform", "oracle", "random")
+PartitionSource = Literal["policy", "uniform", "oracle", "random"]
+PARTITION_SOURCES: tuple[PartitionSource, ...] = ("policy", "uniform", "oracle", "random")
 
-RIVALS = {  # what `bench` times beside the model, and the packages that each needs
+RUNTIME_PACKAGES = {  # what `bench --rival` takes, and the packages that each runtime needs
     "torch": (),
     "compile": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -19,10 +22,17 @@ CPU_ONLY = ("onnx", "openvino")
 class Search:
     """What calibration tries.
 
-    ``prices`` are impure patches that a superpatch may bring to be worth its saving, one set of
-    merge thresholds each; ``bars`` are confidences at which tokens halt; ``spares`` how many of
-    each class stay. All combinations with the first of ``spares`` are measured on ``sample``
-    pictures, those that none beats with the other spares too, and the best ``confirm`` on all.
+    ``prices``: a price is the number of impure patches that a superpatch may bring and still be
+    worth the three tokens that it saves. Each price gives one set of merge thresholds. A higher
+    price merges more.
+
+    ``bars``: exit thresholds, the confidences above which tokens halt.
+
+    ``spares``: how many of the surest tokens of each class stay in a picture as context.
+
+    The search measures all combinations with the first of ``spares`` on ``sample`` pictures. It
+    measures those that none beats with the other spares too. The best ``confirm`` settings are
+    then measured on all pictures.
     """
 
     prices: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)

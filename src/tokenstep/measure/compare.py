@@ -1,4 +1,4 @@
-"""Compare ways of spending less on a labelled split: all of them on each picture in turn."""
+"""Compare methods that cost less than dense on a labelled split, all on each picture in turn."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from tokenstep.config import Thresholds
 from tokenstep.core import partition
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.measure.quality import Run, measure
+from tokenstep.measure.quality import Method, measure
 from tokenstep.model.segmenter import Segmenter
 
 SCALES = (0.75, 0.5)  # of the picture's sides: what a user would try first
@@ -23,36 +23,20 @@ def compare(
     others: Sequence[tuple[str, Segmenter]] = (),
     on_picture: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """One row per way: dense first, then lower resolution, partitions, halves, and STEP.
+    """Measure each method of :func:`methods_of`, and ``others`` dense; give one row for each.
 
-    ``thresholds`` are those that partitions and halves are compared at; every operating point of
-    the model follows. ``time_ratio`` is the dense model's time over that of the row, measured in
-    this run; ``others`` run dense, after all ways of ``model``.
+    ``others`` run after all methods of ``model``. ``time_ratio`` is the dense model's time over
+    that of the row, both measured in this run; ``compute_ratio`` is the same of GMAC.
 
     Raises:
         TokenstepError: the folder's classes are not the models', a file cannot be read, or no
             pixel has a label.
     """
-    ways = {"dense": Run()}
-    for scale in SCALES:
-        ways[f"dense at {scale:g} x the sides"] = Run(scale=scale)
-    if thresholds.merge:
-        alone = thresholds.without_exits()
-        tolerance = oracle_tolerance(model, folder.thinned(20), alone)
-        ways["random partition"] = Run(alone, "random")
-        ways["learned partition (merging alone)"] = Run(alone)
-        ways["oracle partition"] = Run(alone, "oracle", tolerance)
-    if thresholds.exits:
-        ways["exits alone"] = Run(thresholds.without_merging())
-    ways["STEP"] = Run(thresholds)
-    for point in model.config.points:
-        if point.thresholds != thresholds:
-            lost = f"{point.loss:.2f} points below the best on {point.split}"
-            ways[f"STEP, {lost}"] = Run(point.thresholds)
-    reports = measure(model, folder, list(ways.values()), on_picture=on_picture)
-    rows = [{"method": name, **report} for name, report in zip(ways, reports, strict=True)]
+    methods = methods_of(model, folder, thresholds)
+    reports = measure(model, folder, list(methods.values()), on_picture=on_picture)
+    rows = [{"method": name, **report} for name, report in zip(methods, reports, strict=True)]
     for name, other in others:
-        (report,) = measure(other, folder, [Run()], on_picture=on_picture)
+        (report,) = measure(other, folder, [Method()], on_picture=on_picture)
         rows.append({"method": f"{name}, dense", **report})
     seconds, gmac = rows[0]["seconds"], rows[0]["gmac"]["total"]
     for row in rows:
@@ -61,35 +45,59 @@ def compare(
     return rows
 
 
+def methods_of(
+    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds
+) -> dict[str, Method]:
+    """The methods to compare, by name: dense, lower resolution, partitions, halves, and STEP.
+
+    ``thresholds`` are those of STEP, its partitions and its halves: merging alone, exits alone.
+    The model's other operating points follow. What ``thresholds`` turn off has no method.
+    """
+    methods = {"dense": Method()}
+    for scale in SCALES:
+        methods[f"dense at {scale:g} x the sides"] = Method(scale=scale)
+    if thresholds.merge:
+        merging = thresholds.without_exits()
+        tolerance = oracle_tolerance(model, folder.thinned(20), merging)
+        methods["random partition"] = Method(merging, "random")
+        methods["learned partition (merging alone)"] = Method(merging)
+        methods["oracle partition"] = Method(merging, "oracle", tolerance)
+    if thresholds.exits:
+        methods["exits alone"] = Method(thresholds.without_merging())
+    methods["STEP"] = Method(thresholds)
+    for point in model.config.points:
+        if point.thresholds != thresholds:
+            loss = f"{point.loss:.2f} points below the best on {point.split}"
+            methods[f"STEP, {loss}"] = Method(point.thresholds)
+    return methods
+
+
 @torch.inference_mode()
 def oracle_tolerance(
     model: Segmenter, folder: LabelledFolder, thresholds: Thresholds, rounds: int = 8
 ) -> float:
     """The impurity at which the oracle's partition has as many tokens as the policy's.
 
-    0 where even the exact oracle has fewer.
+    It is 0 where even the exact oracle has fewer. ``rounds`` halve the interval that holds it.
     """
     device = next(model.parameters()).device
     wanted = 0
     for image, _ in folder:
-        merged = model.partition([image.to(device)], thresholds)
-        wanted += int(partition.token_counts(merged).sum())
+        learned = model.partition([image.to(device)], thresholds)
+        wanted += int(partition.token_counts(learned).sum())
 
     def tokens(tolerance: float) -> int:
-        return sum(
-            int(
-                partition.token_counts(
-                    partition.oracle(
-                        label[None],
-                        patch=model.patch,
-                        sizes=model.config.policy.sizes,
-                        classes=len(model.config.classes),
-                        tolerance=tolerance,
-                    )
-                ).sum()
+        total = 0
+        for _, label in folder:
+            exact = partition.oracle(
+                label[None],
+                patch=model.patch,
+                sizes=model.config.policy.sizes,
+                classes=len(model.config.classes),
+                tolerance=tolerance,
             )
-            for _, label in folder
-        )
+            total += int(partition.token_counts(exact).sum())
+        return total
 
     low, high = 0.0, 0.5  # tokens fall as the tolerance rises
     if tokens(low) <= wanted:
@@ -101,7 +109,7 @@ def oracle_tolerance(
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Give the rows of :func:`compare` as a Markdown table."""
     lines = [
         "| method | mIoU | inter-class boundary IoU | tokens, start (p95) | tokens, end | "
         "halted, of start | GMAC per picture | GMAC, dense / row | time, dense / row |",
@@ -125,7 +133,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Write mIoU against GMAC and against time, both relative to dense, as a PNG."""
+    """Write a PNG of mIoU against GMAC and against time, both relative to dense."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(11, 5), layout="constrained")
@@ -155,7 +163,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     page.savefig(path, dpi=110, format="png")
 
 
-# Okabe and Ito's colours and distinct marks: told apart without colour too.
+# Okabe and Ito's colours and distinct markers, so that groups differ without colour too.
 KINDS = (
     ("dense", "#000000", "*"),
     ("lower resolution", "#e69f00", "s"),

@@ -1,4 +1,4 @@
-"""Measure a model on a labelled split: dense and reduced, side by side in one run."""
+"""Measure a model on a labelled split: dense and reduced, side by side."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -6,19 +6,19 @@ from typing import Any
 
 from tokenstep.data.faults import empty_classes
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.measure.quality import Run, measure, require_same_classes
+from tokenstep.measure.quality import Method, measure, require_same_classes
 from tokenstep.model.segmenter import Segmenter
 
 
 def evaluate(
     model: Segmenter,
     folder: LabelledFolder,
-    run: Run,
+    method: Method,
     *,
     dense: bool = True,
     on_picture: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run the whole folder, dense and as ``run`` says picture by picture, and report both.
+    """Segment the whole folder dense and with ``method``, and report both.
 
     ``dense`` False leaves the dense half out. ``warnings`` are lines on classes without a pixel.
 
@@ -28,12 +28,12 @@ def evaluate(
     """
     require_same_classes(model, folder)
     warnings = empty_classes(folder)
-    runs = {"dense": Run(), "reduced": run} if dense else {"reduced": run}
-    halves = measure(model, folder, list(runs.values()), on_picture=on_picture)
-    how = asdict(run)
+    methods = {"dense": Method(), "reduced": method} if dense else {"reduced": method}
+    halves = measure(model, folder, list(methods.values()), on_picture=on_picture)
+    settings = asdict(method)
     return {
         "images": len(folder),
-        "settings": how.pop("thresholds") | how,
+        "settings": settings.pop("thresholds") | settings,
         "warnings": warnings,
-        **dict(zip(runs, halves, strict=True)),
+        **dict(zip(methods, halves, strict=True)),
     }

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "openvino")
 
 
 def description(device: torch.device) -> dict[str, Any]:
-    """What is timed on what: processor, threads, versions, and the commit if this is a clone."""
+    """Describe what is timed: processor, threads, versions, and the commit if this is a clone."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
@@ -44,15 +44,15 @@ def commit() -> str | None:
     """The commit of the clone that the package runs from, with "+" if it was changed since."""
     call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
     try:
-        done = subprocess.run([*call, "--dirty=+"], capture_output=True, text=True, check=True)
+        completed = subprocess.run([*call, "--dirty=+"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None  # no git, or installed from a wheel
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 @torch.inference_mode()
 def gemm_rate(weight: Tensor, rows: int = 4096, repeats: int = 20) -> float:
-    """GMAC per second of ``rows`` tokens times ``weight (out, in)``, at its best."""
+    """GMAC per second of ``rows`` tokens times ``weight (out, in)``: the best of ``repeats``."""
     x = torch.randn(rows, weight.shape[1]).to(weight)
     times = []
     for _ in range(repeats):
@@ -67,8 +67,8 @@ def gemm_rate(weight: Tensor, rows: int = 4096, repeats: int = 20) -> float:
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     """The most memory that ``call`` held above what was held before it, in MiB.
 
-    On a GPU as torch's allocator counts it, on Linux as the process's resident pages; None where
-    neither can be told.
+    On a GPU torch's allocator counts it. On Linux the process's resident pages count. It is None
+    where neither can be told.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -78,15 +78,15 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
     if not Path("/proc/self/clear_refs").exists():
         return None
-    _give_back()
+    _free_pages()
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: forget the peak
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel then forgets the peak
     call()
     return max(0, _resident("VmHWM") - before) / MIB
 
 
-def _give_back() -> None:
-    """Return freed pages to the system, so that a call cannot take them unseen."""
+def _free_pages() -> None:
+    """Return freed pages to the system, so that a call that takes them again counts."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -99,9 +99,9 @@ def _resident(field: str) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a batch can still take on ``device``; None where it cannot be told."""
+    """Memory in bytes that a batch can still take on ``device``; None where it cannot be told."""
     if device.type == "cuda":
-        # What torch keeps of freed tensors is taken by the next ones.
+        # Torch keeps the memory of freed tensors and gives it to the next ones.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:

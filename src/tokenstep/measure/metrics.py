@@ -1,4 +1,4 @@
-"""What is measured: one confusion matrix per data set, and how far boundaries hold."""
+"""Scores of label maps: mIoU from one confusion matrix per data set, and boundary IoU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tokenstep.errors import TokenstepError
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality on a data set, all 0 to 1; None where nothing of the kind ever occurs.
+    """Quality on a data set, all 0 to 1. A score is None where no pixel defines it.
 
     ``boundary_iou`` is the inter-class boundary IoU that :class:`Tally` defines.
     """
@@ -25,9 +25,9 @@ class Scores:
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Pixels of each true class (rows) that were given each class, ``(C, C)`` int64.
+    """Count the pixels of each true class (rows) and predicted class: ``(C, C)`` int64.
 
-    Both maps have one shape; ignored pixels are left out.
+    Both maps have one shape. Ignored pixels are left out.
     """
     valid = labels != IGNORE
     flat = labels[valid].long() * classes + predicted[valid].long()
@@ -41,9 +41,9 @@ def iou_of(confusion: Tensor) -> Tensor:
 
 
 def interior(labels: Tensor, distance: int) -> Tensor:
-    """Mask of the pixels all of whose neighbours within ``distance`` have their own label.
+    """Mask of the pixels whose neighbours within ``distance`` all have the pixel's label.
 
-    ``labels`` is ``(h, w)`` uint8; ignored pixels and what lies beyond the picture never differ.
+    ``labels`` is ``(h, w)`` uint8. Ignored pixels and what lies beyond the picture never differ.
     """
     high = labels.masked_fill(labels == IGNORE, 0)
     low = labels
@@ -63,8 +63,8 @@ def _over_window(
 ) -> Tensor:
     """``extreme`` of each value of ``(h, w)`` and its ``distance`` neighbours either way.
 
-    Windows double until they are long enough, in bytes: on large pictures a hundred times as fast
-    as pooling them.
+    Windows double until they are long enough. On large pictures that is a hundred times as fast
+    as pooling them, since the values stay bytes.
     """
     padding = (0, 0, distance, distance) if axis == 0 else (distance, distance)
     values = F.pad(values, padding, value=outside)
@@ -80,13 +80,15 @@ def _over_window(
 class Tally:
     """Sums over a data set, from which the scores follow.
 
-    mIoU comes from one summed confusion matrix. The inter-class boundary IoU is a variant of
-    Boundary IoU (arXiv 2103.16562). Of a label map, a class's band are its labelled pixels with a
-    pixel of another class at most d rows and at most d columns away; d is 2 % of the picture's
-    diagonal, rounded, at least 1. Of each class, the pixels in both bands, the prediction's and
-    the truth's, are divided by those in either, both summed over the set; the score is the mean
-    over the classes that have a band. In the paper a picture's border is a boundary too. Here it
-    is none, nor is the border of an ignored region, and ignored pixels are in no band.
+    mIoU comes from one summed confusion matrix.
+
+    The inter-class boundary IoU is a variant of Boundary IoU (arXiv 2103.16562). The band of a
+    class in a label map is its labelled pixels with a pixel of another class at most d rows and
+    at most d columns away. The distance d is 2 % of the picture's diagonal, rounded, at least 1.
+    The IoU of a class is the pixels in both bands, the prediction's and the truth's, over the
+    pixels in either, both summed over the set. The score is the mean over the classes that have
+    a band. In the paper a picture's border is a boundary too. Here neither a picture's border nor
+    that of an ignored region is one, and ignored pixels are in no band.
     """
 
     def __init__(self, classes: int) -> None:
@@ -102,8 +104,8 @@ class Tally:
         distance = max(1, round(0.02 * (height**2 + width**2) ** 0.5))
         valid = labels != IGNORE
         bands = []
-        for which in (predicted, labels):
-            known = which.where(valid, IGNORE)
+        for label_map in (predicted, labels):
+            known = label_map.where(valid, IGNORE)
             bands.append(known.where(valid & ~interior(known, distance), self.classes))
         counts = [torch.bincount(band.flatten(), minlength=self.classes + 1) for band in bands]
         shared = torch.bincount(bands[0][bands[0] == bands[1]], minlength=self.classes + 1)

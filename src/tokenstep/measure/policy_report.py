@@ -25,58 +25,62 @@ def policy_report(
 ) -> dict[str, Any]:
     """Precision, recall, purity and token reduction on a labelled folder, per superpatch size.
 
-    The reduction of a size is that of merging by this size alone; ``all`` merges by all sizes.
-    Purity is the mean share of the most frequent class in the chosen superpatches. Pictures are
-    normalised by ``mean`` and ``std``, which must be those that the policy was trained with.
+    A superpatch is chosen where its score is above ``threshold``. It is homogeneous where other
+    classes than its most frequent one hold at most the share ``tolerance`` of it. Purity is the
+    mean share of the most frequent class in the chosen superpatches. The reduction of a size is
+    that of merging by this size alone, and that of ``all`` is by all sizes.
+
+    Pictures are normalised by ``mean`` and ``std``, which must be those that the policy was
+    trained with.
 
     Raises:
         TokenstepError: the policy's scores are not finite.
     """
     policy.eval()
-    sizes, classes = policy.config.sizes, len(folder.classes.names)
-    sums = torch.zeros(len(sizes), 6, dtype=torch.float64)
-    centre, spread = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    sides, classes = policy.config.sizes, len(folder.classes.names)
+    sums = torch.zeros(len(sides), 6, dtype=torch.float64)
+    means, deviations = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
     cells = tokens = 0
     for image, label in folder:
-        (group,) = policy_features(policy, [normalise(image, centre, spread)])
+        (group,) = policy_features(policy, [normalise(image, means, deviations)])
         scores = homogeneity(policy, group.features)
         full = partition.padded_labels(label[None], policy.patch)
         grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
-        for row, size in enumerate(sizes):
-            share = partition.purity(full, size * policy.patch, classes)
+        for row, side in enumerate(sides):
+            share = partition.purity(full, side * policy.patch, classes)
             truth = share > partition.purity_bar(tolerance)
             chosen = scores[row] > threshold
             counts = [(truth & chosen).sum(), chosen.sum(), truth.sum(), (share * chosen).sum()]
-            left = _tokens([scores[row]], [size], threshold, grid)
-            counted = [*map(float, counts), grid[0] * grid[1], left]
+            tokens_left = _tokens([scores[row]], [side], threshold, grid)
+            counted = [*map(float, counts), grid[0] * grid[1], tokens_left]
             sums[row] += torch.tensor(counted, dtype=torch.float64)
         cells += grid[0] * grid[1]
-        tokens += _tokens(scores, list(sizes), threshold, grid)
+        tokens += _tokens(scores, list(sides), threshold, grid)
     return {
         "threshold": threshold,
         "tolerance": tolerance,
         "images": len(folder),
-        "sizes": {str(size): _rates(row) for size, row in zip(sizes, sums.tolist(), strict=True)},
+        "sizes": {str(side): _rates(row) for side, row in zip(sides, sums.tolist(), strict=True)},
         "all": {"reduction": _ratio(cells, tokens)},
     }
 
 
-def _tokens(scores: list[Tensor], sizes: list[int], threshold: float, grid: partition.Grid) -> int:
-    """Tokens of one picture that is merged by these sizes."""
+def _tokens(scores: list[Tensor], sides: list[int], threshold: float, grid: partition.Grid) -> int:
+    """Tokens of one picture that is merged by superpatches of these sides."""
     level = partition.from_scores(
-        scores, sizes, [threshold] * len(sizes), partition.uniform([grid])
+        scores, sides, [threshold] * len(sides), partition.uniform([grid])
     )
     return int(partition.token_counts(level).sum())
 
 
 def _rates(sums: list[float]) -> dict[str, float | None]:
-    """Figures of one size from what was counted."""
-    hit, chosen, truth, pure, grid, left = sums
+    """Rates of one size from its six sums."""
+    hit, chosen, truth, pure, grid, tokens_left = sums
     return {
         "precision": _ratio(hit, chosen),
         "recall": _ratio(hit, truth),
         "purity": _ratio(pure, chosen),
-        "reduction": _ratio(grid, left),
+        "reduction": _ratio(grid, tokens_left),
     }
 
 

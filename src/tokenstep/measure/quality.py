@@ -1,4 +1,4 @@
-"""What a model scores and costs on labelled pictures, run in one way or in several in turn."""
+"""What a model scores and costs on labelled pictures, with one method or several in turn."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,26 +11,31 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from tokenstep.config import DENSE, Thresholds
-from tokenstep.core import partition as superpatches
+from tokenstep.core.partition import grid_of, oracle, shuffled, uniform
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.measure.choices import Partition
+from tokenstep.measure.choices import PartitionSource
 from tokenstep.measure.metrics import Tally
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
-class Run:
-    """One way to run a model: settings, where its partition comes from, and at what resolution.
+class Method:
+    """How a model segments: its thresholds, the source of its partition, and the resolution.
 
-    ``oracle`` merges by the labels with purity ``tolerance``; ``random`` puts as many
-    superpatches as the policy's partition at random places, drawn from ``seed``; ``uniform``
-    merges nothing. ``scale`` is that of the picture's sides; the label map is scaled back.
+    The source ``policy`` is the model's own. ``uniform`` merges nothing. ``oracle`` merges by the
+    labels, and a superpatch may hold the share ``tolerance`` of other classes. ``random`` moves
+    the superpatches of the policy's partition to random places, drawn from ``seed``.
+
+    The sides of a picture are multiplied by ``scale``. The label map is scaled back.
+
+    Raises:
+        TokenstepError: an oracle with another scale than 1.
     """
 
     thresholds: Thresholds = DENSE
-    partition: Partition = "policy"
+    partition: PartitionSource = "policy"
     tolerance: float = 0.0
     seed: int = 0
     scale: float = 1.0
@@ -43,14 +48,15 @@ class Run:
 def measure(
     model: Segmenter,
     folder: LabelledFolder,
-    runs: Sequence[Run],
+    methods: Sequence[Method],
     *,
     on_picture: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Segment a folder in each of several ways, all of them on each picture in turn.
+    """Segment a folder with each method and give one report per method.
 
-    One report per run: scores, and means per picture of tokens, GMAC and seconds; ``p95`` is the
-    95th percentile of the tokens at the start. Seconds are the model's, without reading.
+    All methods segment a picture before the next picture is read. A report holds the scores, and
+    means per picture of tokens, GMAC and seconds. ``p95`` is the 95th percentile of the tokens at
+    the start. The seconds are the model's, without reading the file.
 
     Raises:
         TokenstepError: the folder's classes are not the model's, a file cannot be read, or no
@@ -58,13 +64,14 @@ def measure(
     """
     names = model.config.classes
     require_same_classes(model, folder)
-    sums = [Measured(len(names)) for _ in runs]
-    generators = [torch.Generator().manual_seed(run.seed) for run in runs]
+    sums = [MethodSums(len(names)) for _ in methods]
+    generators = [torch.Generator().manual_seed(method.seed) for method in methods]
     for image, label in folder:
-        for run, measured, generator in zip(runs, sums, generators, strict=True):
-            measured.add(segment_as(model, image, label, run=run, generator=generator), label)
+        for method, counted, generator in zip(methods, sums, generators, strict=True):
+            result = segment_with(model, image, label, method=method, generator=generator)
+            counted.add(result, label)
         on_picture()
-    return [measured.report(names) for measured in sums]
+    return [counted.report(names) for counted in sums]
 
 
 def require_same_classes(model: Segmenter, folder: LabelledFolder) -> None:
@@ -81,61 +88,62 @@ def require_same_classes(model: Segmenter, folder: LabelledFolder) -> None:
         )
 
 
-def segment_as(
-    model: Segmenter, image: Tensor, label: Tensor, *, run: Run, generator: torch.Generator
+def segment_with(
+    model: Segmenter, image: Tensor, label: Tensor, *, method: Method, generator: torch.Generator
 ) -> Result:
-    """Segment ``image (3, h, w)`` uint8 in one way; ``label (h, w)`` serves the oracle alone."""
-    if run.scale != 1:
-        size = [max(1, round(side * run.scale)) for side in label.shape]
+    """Segment ``image (3, h, w)`` uint8 with one method.
+
+    ``label (h, w)`` is the truth; only an oracle reads it. ``generator`` draws a random partition.
+    """
+    if method.scale != 1:
+        size = [max(1, round(side * method.scale)) for side in label.shape]
         small = tvf.resize(image, size, antialias=True)
-        partition = _partition(model, small, label, run=run, generator=generator)
-        result = model.segment_batch([small], thresholds=run.thresholds, partition=partition)[0]
+        partition = _partition(model, small, label, method=method, generator=generator)
+        result = model.segment_batch([small], thresholds=method.thresholds, partition=partition)[0]
         labels = torch.from_numpy(result.labels)[None]
         nearest = InterpolationMode.NEAREST_EXACT
         full = tvf.resize(labels, list(label.shape), interpolation=nearest)[0]
         return replace(result, labels=full.numpy())
-    partition = _partition(model, image, label, run=run, generator=generator)
-    return model.segment_batch([image], thresholds=run.thresholds, partition=partition)[0]
+    partition = _partition(model, image, label, method=method, generator=generator)
+    return model.segment_batch([image], thresholds=method.thresholds, partition=partition)[0]
 
 
 def _partition(
-    model: Segmenter, image: Tensor, label: Tensor, *, run: Run, generator: torch.Generator
+    model: Segmenter, image: Tensor, label: Tensor, *, method: Method, generator: torch.Generator
 ) -> Tensor | None:
     """The partition to use in the policy's place, or None for the policy's own."""
     sizes = model.config.policy.sizes
     device = next(model.parameters()).device
-    match run.partition:
+    match method.partition:
         case "policy":
             return None
         case "uniform":
-            return superpatches.uniform(
-                [superpatches.grid_of(image.shape[-2:], model.patch)], device
-            )
+            return uniform([grid_of(image.shape[-2:], model.patch)], device)
         case "oracle":
-            return superpatches.oracle(
+            return oracle(
                 label[None].to(device),
                 patch=model.patch,
                 sizes=sizes,
                 classes=len(model.config.classes),
-                tolerance=run.tolerance,
+                tolerance=method.tolerance,
             )
         case "random":
             with torch.inference_mode():
-                learned = model.partition([image.to(device)], run.thresholds)
-            return superpatches.shuffled(learned, sizes, generator)
+                learned = model.partition([image.to(device)], method.thresholds)
+            return shuffled(learned, sizes, generator)
 
 
-class Measured:
-    """Sums over the pictures that one run segmented."""
+class MethodSums:
+    """What one method scored and cost, summed over pictures."""
 
     def __init__(self, classes: int) -> None:
         self.tally = Tally(classes)
-        self.results: list[dict[str, float]] = []
+        self.pictures: list[dict[str, float]] = []
 
     def add(self, result: Result, label: Tensor) -> None:
-        """Count one picture."""
+        """Count one picture, whose labels are ``label (h, w)``."""
         self.tally.add(torch.from_numpy(result.labels), label)
-        self.results.append(
+        self.pictures.append(
             {
                 "grid": result.tokens.grid,
                 "start": result.tokens.start,
@@ -148,9 +156,15 @@ class Measured:
         )
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Scores from 0 to 1, None where nothing defines one; the rest as means per picture."""
+        """The scores and the means per picture.
+
+        Scores are 0 to 1. The IoU of a class is None where neither labels nor label maps hold it.
+
+        Raises:
+            TokenstepError: no pixel has a label.
+        """
         scores = self.tally.scores()
-        column = {key: np.array([row[key] for row in self.results]) for key in self.results[0]}
+        column = {key: np.array([row[key] for row in self.pictures]) for key in self.pictures[0]}
         mean = {key: float(values.mean()) for key, values in column.items()}
         return {
             "miou": scores.miou,

@@ -1,7 +1,7 @@
 """Time STEP beside the dense model and what else a user would run, on real pictures.
 
-All ways of a case take turns in one process, so that a busy machine is busy for all of them;
-a batch holds different pictures, and the next round has others.
+All methods of a case take turns in one process, so that a busy machine is busy for all of them.
+A batch holds different pictures, and the next round has others.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,21 +25,25 @@ from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.runtimes.dense import MakeRuntime, Rival
+from tokenstep.runtimes.dense import MakeRuntime, Runtime
 
 SCOPES = ("model", "end_to_end")
-WINDOW, AGREE, PATIENCE = 5, 0.02, 8  # rounds; until medians agree so; or after so many windows
+# Warming up ends when the medians of two windows of rounds differ by less than a share.
+WINDOW = 5  # rounds
+AGREE = 0.02  # share
+PATIENCE = 8  # windows after which it gives up
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What one batch took beside its time: GMAC by part and milliseconds by stage, where known."""
+class BatchCost:
+    """What one batch cost: GMAC by part and milliseconds by stage, empty where unknown."""
 
     gmac: dict[str, float]
     stages: dict[str, float]
 
 
-Way = Callable[[Sequence[Tensor]], Spent]  # segments uint8 pictures (3, h, w), all of one size
+SegmentBatch = Callable[[Sequence[Tensor]], BatchCost]  # of uint8 pictures (3, h, w) of one size
+Timed = tuple[float, BatchCost]  # milliseconds of one batch, reading included, and its cost
 
 
 def bench(
@@ -48,16 +52,19 @@ def bench(
     case: Case,
     thresholds: Thresholds,
     *,
-    rivals: Mapping[str, MakeRuntime] = MappingProxyType({}),
+    runtimes: Mapping[str, MakeRuntime] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
-    """One row per way and scope, dense first; the ways take turns for ``seconds`` each, or once.
+    """Time each method in each scope and give one row for each, dense first.
 
-    The scope "model" begins with uint8 pictures of the size in memory, "end_to_end" with files;
-    both end with label maps in memory. ``speedup`` and ``compute_ratio`` are against the dense row
-    of the same scope. ``peak_mib`` is what one batch held above what was held before; None for
-    rivals, which keep what they once took. Pictures are cut to the shape of the case and scaled
-    down, never up.
+    The methods are those of :func:`methods_of` and the dense model in each of ``runtimes``. They
+    take turns for ``seconds`` each, or for one round. Pictures are cut to the shape of the case
+    and scaled down, never up.
+
+    The scope "model" begins with uint8 pictures in memory and "end_to_end" with files. Both end
+    with label maps in memory. ``speedup`` and ``compute_ratio`` are against the dense row of the
+    same scope. ``peak_mib`` is what one batch held above what was held before. It is None for
+    runtimes, which keep the memory that they once took.
 
     Raises:
         TokenstepError: fewer pictures are large enough than a batch holds, or a file cannot be
@@ -65,59 +72,68 @@ def bench(
     """
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
-    runs = ways(model, case, thresholds) | {
-        name: _other(make(model, case.size, case.batch), device) for name, make in rivals.items()
-    }
+    methods = methods_of(model, case, thresholds)
+    measured = tuple(methods)
+    for name, make in runtimes.items():
+        methods[name] = _in_runtime(make(model, case.size, case.batch), device)
     rows = []
     for scope in SCOPES:
         with torch.inference_mode():
             batches = batches_of(files, pictures, case, scope)
-            turns = rounds(runs, batches)
-            settled = settle(turns, seconds * len(runs))
-            taken: dict[str, list[tuple[float, Spent]]] = {method: [] for method in runs}
-            started = perf_counter()
-            while not taken["dense"] or perf_counter() - started < seconds * len(runs):
-                for method, found in next(turns).items():
-                    taken[method].append(found)
+            timings, settled = time_methods(methods, batches, seconds * len(methods))
             batch = next(batches)
-            peaks = {
-                method: None if method in rivals else peak_of(run, batch, device)
-                for method, run in runs.items()
-            }
-        made = [row(method, scope, case, taken[method]) for method in runs]
-        for one in made:
-            one |= {"peak_mib": peaks[one["method"]], "settled": settled}
-            one |= against(made[0], one)
-        rows += made
+            peaks = {name: peak_of(methods[name], batch, device) for name in measured}
+        dense = row_of("dense", scope, case, timings["dense"])
+        for name, timing in timings.items():
+            row = row_of(name, scope, case, timing)
+            row |= {"peak_mib": peaks.get(name), "settled": settled}
+            rows.append(row | relative_to(dense, row))
     return rows
 
 
-def peak_of(way: Way, load: Load, device: torch.device) -> float | None:
+def time_methods(
+    methods: Mapping[str, SegmentBatch], batches: Iterator[Load], seconds: float
+) -> tuple[dict[str, list[Timed]], bool]:
+    """Warm up, then time rounds of all methods for ``seconds``, at least one round.
+
+    Returns the timings of each method, and whether the times had settled before.
+    """
+    rounds = timed_rounds(methods, batches)
+    settled = settle(rounds, seconds)
+    timings: dict[str, list[Timed]] = {name: [] for name in methods}
+    started = perf_counter()
+    while not timings["dense"] or perf_counter() - started < seconds:
+        for name, timed in next(rounds).items():
+            timings[name].append(timed)
+    return timings, settled
+
+
+def peak_of(segment: SegmentBatch, load: Load, device: torch.device) -> float | None:
     """The most memory that one batch takes in MiB, reading included."""
-    return peak_mib(lambda: way(load()), device)
+    return peak_mib(lambda: segment(load()), device)
 
 
-def against(dense: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
-    """How much faster and cheaper a row is than the dense one."""
+def relative_to(dense: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """How many times faster and cheaper a row is than the dense one."""
     return {
-        "speedup": one["throughput"] / dense["throughput"],
-        "compute_ratio": dense["gmac"] / one["gmac"] if one["gmac"] else None,
+        "speedup": row["throughput"] / dense["throughput"],
+        "compute_ratio": dense["gmac"] / row["gmac"] if row["gmac"] else None,
     }
 
 
-def ways(model: Segmenter, case: Case, thresholds: Thresholds) -> dict[str, Way]:
-    """Every way of ``model`` itself to run a case, by its name; dense is the first."""
+def methods_of(model: Segmenter, case: Case, thresholds: Thresholds) -> dict[str, SegmentBatch]:
+    """Every method of ``model`` itself for a case, by its name; dense is the first."""
     half = [max(1, side // 2) for side in case.size]
 
-    def own(thresholds: Thresholds) -> Way:
-        def run(pictures: Sequence[Tensor]) -> Spent:
-            return _spent(model.segment_batch(pictures, thresholds=thresholds))
+    def at(thresholds: Thresholds) -> SegmentBatch:
+        def segment(pictures: Sequence[Tensor]) -> BatchCost:
+            return _cost_of(model.segment_batch(pictures, thresholds=thresholds))
 
-        return run
+        return segment
 
-    def at_half(pictures: Sequence[Tensor]) -> Spent:
+    def at_half(pictures: Sequence[Tensor]) -> BatchCost:
         start = perf_counter()
-        small = [tvf.resize(one, half, antialias=True) for one in pictures]
+        small = [tvf.resize(picture, half, antialias=True) for picture in pictures]
         shrunk = perf_counter()
         results = model.segment_batch(small, thresholds=DENSE)
         ended = perf_counter()
@@ -125,49 +141,50 @@ def ways(model: Segmenter, case: Case, thresholds: Thresholds) -> dict[str, Way]
             labels = torch.from_numpy(result.labels)[None]
             tvf.resize(labels, list(case.size), interpolation=InterpolationMode.NEAREST_EXACT)
         scaling = 1000 * (shrunk - start + perf_counter() - ended)
-        spent = _spent(results)
-        return replace(spent, stages={"scale": scaling} | spent.stages)
+        cost = _cost_of(results)
+        return replace(cost, stages={"scale": scaling} | cost.stages)
 
-    return {"dense": own(DENSE), "STEP": own(thresholds), "dense at 0.5 x the sides": at_half}
-
-
-def _other(rival: Rival, device: torch.device) -> Way:
-    def run(pictures: Sequence[Tensor]) -> Spent:
-        rival(torch.stack([to_float(one.to(device)) for one in pictures])).cpu()
-        return Spent({}, {})
-
-    return run
+    return {"dense": at(DENSE), "STEP": at(thresholds), "dense at 0.5 x the sides": at_half}
 
 
-def _spent(results: Sequence[Result]) -> Spent:
+def _in_runtime(runtime: Runtime, device: torch.device) -> SegmentBatch:
+    def segment(pictures: Sequence[Tensor]) -> BatchCost:
+        runtime(torch.stack([to_float(picture.to(device)) for picture in pictures])).cpu()
+        return BatchCost({}, {})
+
+    return segment
+
+
+def _cost_of(results: Sequence[Result]) -> BatchCost:
     costs = [asdict(result.cost) for result in results]
-    return Spent(
+    return BatchCost(
         {part: sum(cost[part] for cost in costs) for part in costs[0]},
         {stage: time * len(results) for stage, time in results[0].milliseconds.items()},
     )
 
 
-def rounds(
-    runs: dict[str, Way], batches: Iterator[Load]
-) -> Iterator[dict[str, tuple[float, Spent]]]:
-    """Run all ways in turn on one batch after the other: milliseconds, and what was spent."""
+def timed_rounds(
+    methods: Mapping[str, SegmentBatch], batches: Iterator[Load]
+) -> Iterator[dict[str, Timed]]:
+    """Time all methods on one batch after the other: a round per batch, by method."""
     for load in batches:
         timed = {}
-        for method, run in runs.items():
+        for name, segment in methods.items():
             start = perf_counter()
             pictures = load()
             read = perf_counter()
-            spent = run(pictures)
+            cost = segment(pictures)
             total = perf_counter() - start
-            stages = {"read": 1000 * (read - start)} | spent.stages
-            timed[method] = (1000 * total, Spent(spent.gmac, stages))
+            stages = {"read": 1000 * (read - start)} | cost.stages
+            timed[name] = (1000 * total, BatchCost(cost.gmac, stages))
         yield timed
 
 
-def settle(turns: Iterator[dict[str, tuple[float, Spent]]], seconds: float) -> bool:
-    """Warm up until the medians of two windows of rounds agree for every way; whether they did.
+def settle(rounds: Iterator[dict[str, Timed]], seconds: float) -> bool:
+    """Warm up until the medians of two windows of rounds agree for every method.
 
-    A window takes ``seconds`` at most, or one round; it gives up after a few.
+    Returns whether they did. A window takes ``seconds`` at most, or one round. Warming up gives
+    up after some windows.
     """
     before: dict[str, float] = {}
     started = perf_counter()
@@ -175,28 +192,26 @@ def settle(turns: Iterator[dict[str, tuple[float, Spent]]], seconds: float) -> b
         opened = perf_counter()
         if number and opened - started > PATIENCE * seconds:
             return False
-        window = [next(turns)]
+        window = [next(rounds)]
         while len(window) < WINDOW and perf_counter() - opened < seconds:
-            window.append(next(turns))
-        now = {method: median(one[method][0] for one in window) for method in window[0]}
-        if before and all(abs(now[way] / before[way] - 1) <= AGREE for way in now):
+            window.append(next(rounds))
+        now = {name: median(timed[name][0] for timed in window) for name in window[0]}
+        if before and all(abs(now[name] / before[name] - 1) <= AGREE for name in now):
             return True
         before = now
     return False
 
 
-def row(
-    method: str, scope: str, case: Case, taken: Sequence[tuple[float, Spent]]
-) -> dict[str, Any]:
+def row_of(method: str, scope: str, case: Case, timings: Sequence[Timed]) -> dict[str, Any]:
     """A row of the report; GMAC and stages are means per picture."""
-    times = np.array([time for time, _ in taken])
-    spent = [one for _, one in taken]
+    times = np.array([time for time, _ in timings])
+    costs = [cost for _, cost in timings]
     height, width = case.size
 
     def means(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-        return {name: fmean(one[name] for one in parts) / case.batch for name in parts[0]}
+        return {name: fmean(part[name] for part in parts) / case.batch for name in parts[0]}
 
-    parts = means([one.gmac for one in spent])
+    gmac = means([cost.gmac for cost in costs])
     return {
         "method": method,
         "scope": scope,
@@ -204,34 +219,34 @@ def row(
         "batch": case.batch,
         "latency_ms": {"p50": float(np.median(times)), "p95": float(np.percentile(times, 95))},
         "throughput": 1000 * case.batch * len(times) / float(times.sum()),
-        "gmac": sum(parts.values()) or None,
-        "gmac_of": parts,
+        "gmac": sum(gmac.values()) or None,
+        "gmac_of": gmac,
         "rounds": len(times),
-        "stages": means([one.stages for one in spent]),
+        "stages": means([cost.stages for cost in costs]),
     }
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How time and memory of each way grow with the pixels: the exponent, by least squares.
+    """How time and memory of each method grow with the pixels: the exponent, by least squares.
 
-    For each way, scope and batch of which three sizes or more were timed.
+    There is a row for each method, scope and batch of which three sizes or more were timed.
     """
-    found = []
+    grown = []
     for key in dict.fromkeys((row["method"], row["scope"], row["batch"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["scope"], row["batch"]) == key]
-        if len(own) < 3:
+        alike = [row for row in rows if (row["method"], row["scope"], row["batch"]) == key]
+        if len(alike) < 3:
             continue
-        pixels = [float(np.prod([int(side) for side in row["size"].split("x")])) for row in own]
-        peaks = [row["peak_mib"] for row in own]
-        found.append(
+        pixels = [float(np.prod([int(side) for side in row["size"].split("x")])) for row in alike]
+        peaks = [row["peak_mib"] for row in alike]
+        grown.append(
             {
                 **dict(zip(("method", "scope", "batch"), key, strict=True)),
-                "sizes": [row["size"] for row in own],
-                "time": exponent(pixels, [row["latency_ms"]["p50"] for row in own]),
+                "sizes": [row["size"] for row in alike],
+                "time": exponent(pixels, [row["latency_ms"]["p50"] for row in alike]),
                 "memory": exponent(pixels, peaks) if all(peaks) else None,
             }
         )
-    return found
+    return grown
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
@@ -240,7 +255,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def with_backbone(model: Segmenter, name: str) -> Segmenter:
-    """A model of the timm ViT ``name`` with random weights and the policy of ``model``.
+    """Build a model of the timm ViT ``name`` with random weights and the policy of ``model``.
 
     Raises:
         TokenstepError: there is no such ViT, or its patches are not those of the policy.

@@ -126,8 +126,8 @@ class Segmenter(
         """The reducer that halts tokens at the exits; none where they are off."""
         if not thresholds.exits:
             return []
-        bars, temperatures = thresholds.exits, self.config.temperatures
-        return [EarlyPruning(self.exits, bars, thresholds.spare, temperatures=temperatures)]
+        halting, temperatures = thresholds.exits, self.config.temperatures
+        return [EarlyPruning(self.exits, halting, thresholds.spare, temperatures=temperatures)]
 
     @torch.inference_mode()
     def segment(

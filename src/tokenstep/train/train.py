@@ -16,7 +16,7 @@ from tokenstep.data.pretrained import WeightFile
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.measure.policy_report import policy_report
-from tokenstep.measure.quality import Run, measure
+from tokenstep.measure.quality import Method, measure
 from tokenstep.model.build import step_parts
 from tokenstep.model.card import write_card
 from tokenstep.model.segmenter import WEIGHTS, Segmenter
@@ -151,7 +151,7 @@ def look_at(val: LabelledFolder, recipe: SegmenterRecipe, model: Segmenter) -> d
     if recipe.trainer.val_pictures == 0:
         return {}
     thin = val.thinned(recipe.trainer.val_pictures)
-    dense, reduced = measure(model, thin, [Run(), Run(recipe.thresholds)])
+    dense, reduced = measure(model, thin, [Method(), Method(recipe.thresholds)])
     return {"split": val.title, "images": len(thin), "dense": dense, "reduced": reduced}
 
 
