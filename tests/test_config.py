@@ -7,6 +7,7 @@ import pytest
 
 from tokenstep.config import DENSE, ModelConfig, OperatingPoint, PolicyConfig, Thresholds, VitConfig
 from tokenstep.errors import TokenstepError
+from tokenstep.from_dict import from_dict
 from tokenstep.train.recipe import (
     DataConfig,
     Phase,
@@ -14,7 +15,6 @@ from tokenstep.train.recipe import (
     SegmenterRecipe,
     TrainerConfig,
 )
-from tokenstep.typed import from_dict
 
 MODEL = ModelConfig(("a", "b"), ((0, 0, 0), (1, 2, 3)), VitConfig(exits=(2, 4), cells=2))
 

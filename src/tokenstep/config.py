@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, Literal
 
-from tokenstep.checks import require, require_classes
 from tokenstep.errors import TokenstepError
+from tokenstep.require import require, require_classes
 
 RGB = tuple[int, int, int]
 Channels = tuple[float, float, float]  # one value each for red, green and blue

@@ -240,16 +240,16 @@ def test_what_is_known_as_sound_is_not_read_again(root: Path, tmp_path: Path) ->
     cache = tmp_path / "out" / "sound.json"
     spoiled = root / "val" / "images" / "p0.png"
     for _ in range(2):
-        require_sound(*folders(root), contents={"a": "1"}, cache=cache)
+        require_sound(*folders(root), digests={"a": "1"}, cache=cache)
         half(spoiled)  # unseen, as the contents are said to be the same
-    for contents in ({"a": "2"}, {"b": "1"}, {}):
+    for digests in ({"a": "2"}, {"b": "1"}, {}):
         with pytest.raises(TokenstepError):
-            require_sound(*folders(root), contents=contents, cache=cache)
+            require_sound(*folders(root), digests=digests, cache=cache)
     with pytest.raises(TokenstepError):
-        require_sound(folders(root)[0], contents={"a": "1"}, cache=cache)  # other folders
+        require_sound(folders(root)[0], digests={"a": "1"}, cache=cache)  # other folders
     with pytest.raises(TokenstepError):
         require_sound(*folders(root))
-    require_sound(*folders(root), contents={"a": "1"}, cache=cache)
+    require_sound(*folders(root), digests={"a": "1"}, cache=cache)
 
 
 def test_only_soundness_is_remembered(root: Path, tmp_path: Path) -> None:
@@ -259,9 +259,9 @@ def test_only_soundness_is_remembered(root: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     half(path)
     with pytest.raises(TokenstepError):
-        require_sound(*folders(root), contents={"a": "1"}, cache=cache)
+        require_sound(*folders(root), digests={"a": "1"}, cache=cache)
     path.write_bytes(whole)
-    require_sound(*folders(root), contents={"a": "1"}, cache=cache)
+    require_sound(*folders(root), digests={"a": "1"}, cache=cache)
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tokenstep.data import pictures
+from tokenstep.data.whole_files import write_whole
 
 
 @pytest.fixture
@@ -87,5 +88,5 @@ def test_part_written_file_is_no_picture(tmp_path: Path) -> None:
         Image.new("RGB", (2, 2)).save(temporary)
         assert not pictures.find_pictures([tmp_path])[0]
 
-    pictures.write_whole(tmp_path / "a.png", look)
+    write_whole(tmp_path / "a.png", look)
     assert found_in([tmp_path]) == [tmp_path / "a.png"]

@@ -150,7 +150,7 @@ def test_a_number_of_numpy_is_a_side_too(model: Segmenter, photo: Path) -> None:
 
 
 def test_settings_that_are_none_are_told(model: Segmenter, photo: Path) -> None:
-    with pytest.raises(TokenstepError, match="settings is 'dense': give"):
+    with pytest.raises(TokenstepError, match="thresholds is 'dense': give"):
         model.segment(photo, thresholds="dense")
 
 

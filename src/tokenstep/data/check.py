@@ -47,13 +47,13 @@ def require_sound(
     measured: Sequence[LabelledFolder],
     trained: LabelledFolder | None = None,
     *,
-    contents: Mapping[str, str] | None = None,
+    digests: Mapping[str, str] | None = None,
     cache: Path | None = None,
 ) -> None:
     """Read all pictures and labels of folders with one root, and refuse them if one is wrong.
 
     Each class must have a pixel in `trained`, and two of them in each of `measured`. Where
-    `contents` (file name to hash) are what the JSON file `cache` knows as sound, nothing is read.
+    `digests` (file name to hash) are what the JSON file `cache` knows as sound, nothing is read.
 
     Raises:
         TokenstepError: names the first error and counts the others.
@@ -62,16 +62,16 @@ def require_sound(
     classes, root = folders[0].classes, folders[0].root
     parts = [part_of(one, len(classes.names) if one is trained else 2) for one in folders]
     asked = [asdict(classes), [[part.title, part.least] for part in parts]]
-    text = json.dumps([asked, sorted((contents or {}).items())])
+    text = json.dumps([asked, sorted((digests or {}).items())])
     mark = hashlib.sha256(text.encode()).hexdigest()
-    known = _known(cache) if cache is not None and contents is not None else []
+    known = _known(cache) if cache is not None and digests is not None else []
     if mark in known:
         return
     errors = [fault for fault in check_parts(parts, classes).faults if fault.severity == "error"]
     if errors:
         others = f" ({len(errors) - 1} more: see tokenstep data check {root})"
         raise TokenstepError(f"{errors[0]}{others if len(errors) > 1 else ''}")
-    if cache is not None and contents is not None:
+    if cache is not None and digests is not None:
         write_text(cache, json.dumps({"sound": [*known, mark]}, indent=1) + "\n")
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenstep.checks import require_classes
 from tokenstep.data.labels import IGNORE as IGNORE
 from tokenstep.data.labels import LABEL_AGAIN, instead, outside, read_indices
 from tokenstep.data.pictures import is_picture, picture_size, read_picture, to_tensor
 from tokenstep.errors import TokenstepError
+from tokenstep.require import require_classes
 
 # Okabe and Ito's colours: told apart with any common colour blindness.
 _FIRST_COLOURS = (

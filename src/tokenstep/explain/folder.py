@@ -11,7 +11,7 @@ from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.faults import class_warnings
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.explain.sums import FolderSums, ratio
+from tokenstep.explain.folder_sums import FolderSums, ratio
 from tokenstep.explain.views import Rows, depth_name, view_of
 from tokenstep.measure.quality import require_same_classes
 from tokenstep.measure.reliability import reliability_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
-from tokenstep.data.contents import FILES, contents
+from tokenstep.data.digests import FILES, digests_of
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.choices import Search
 from tokenstep.measure.measurement_cache import MeasurementCache
@@ -47,8 +47,8 @@ def calibrate(
             ``notes`` is no file of this program.
     """
     search = search or Search()
-    digests = contents([folder], notes.parent / FILES)
-    require_sound([folder], contents=digests, cache=notes.parent / SOUND)
+    digests = digests_of([folder], notes.parent / FILES)
+    require_sound([folder], digests=digests, cache=notes.parent / SOUND)
     model.config = dataclasses.replace(model.config, points=(), temperatures=())
     sample = folder.thinned(search.sample)
     merges = merge_thresholds(model, sample, search.prices) if model.config.policy.sizes else []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tokenstep.config import Thresholds
-from tokenstep.data.contents import of_folder
+from tokenstep.data.digests import of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError

@@ -17,6 +17,7 @@ from tokenstep.data.pictures import Picture, picture_tensor
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
 from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
+from tokenstep.from_dict import from_dict
 from tokenstep.model.build import Parts, step_parts
 from tokenstep.model.card import model_card
 from tokenstep.model.cost import CostCounter
@@ -31,7 +32,6 @@ from tokenstep.model.weight_files import load_weights, save_weights
 from tokenstep.policies.batch import features_on_grids, partition_by, policy_features
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.exits import EarlyPruning
-from tokenstep.typed import from_dict
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

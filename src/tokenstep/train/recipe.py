@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from tokenstep.checks import require
 from tokenstep.config import HALF, Channels, PolicyConfig, Thresholds, VitConfig, require_normal
 from tokenstep.errors import TokenstepError
+from tokenstep.from_dict import from_dict
 from tokenstep.model.renamed import KEYS, with_new_keys
-from tokenstep.typed import from_dict
+from tokenstep.require import require
 
 T = TypeVar("T")
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenstep.config import HALF, Channels, InitialWeights, ModelConfig, PolicyConfig
-from tokenstep.data.contents import changes, of_folder
+from tokenstep.data.digests import changes, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.whole_files import sweep, write_text
 from tokenstep.errors import TokenstepError
+from tokenstep.from_dict import from_dict
 from tokenstep.model.card import model_card
 from tokenstep.model.renamed import with_new_keys
 from tokenstep.model.segmenter import WEIGHTS
 from tokenstep.train.card import run_card
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, differences, resolved
-from tokenstep.typed import from_dict
 
 RECIPE = "recipe.json"
 DATA = "data.json"  # what the training files held
@@ -72,7 +72,7 @@ def claim(
 ) -> bool:
     """Make ``out`` the folder of this training, before anything is trained; whether it is complete.
 
-    The resolved recipe and what the files of ``folder`` hold, as ``contents`` ``found``, are
+    The resolved recipe and what the files of ``folder`` hold, as the digests ``found``, are
     written there, and what a killed process left half-written is removed.
 
     Raises:

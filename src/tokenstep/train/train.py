@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenstep.config import Channels, ModelConfig
 from tokenstep.data.check import SOUND, require_sound
-from tokenstep.data.contents import FILES, contents, of_folder
+from tokenstep.data.digests import FILES, digests_of, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.pretrained import WeightFile
 from tokenstep.errors import TokenstepError
@@ -23,6 +23,7 @@ from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
 from tokenstep.policies.dcts import Policy, build_trunk
 from tokenstep.train.card import policy_card
+from tokenstep.train.initial_weights import record, start_of
 from tokenstep.train.lock import held
 from tokenstep.train.loop import Loop, is_main, meet
 from tokenstep.train.losses import class_weights
@@ -39,7 +40,6 @@ from tokenstep.train.run_folder import (
     load_weights,
     scored,
 )
-from tokenstep.train.start import record, start_of
 
 COMPLETE = "{}: already complete, nothing trained"
 
@@ -173,9 +173,9 @@ def checked(
         TokenstepError: a picture or a label is wrong.
     """
     out = Path(recipe.out)
-    found = contents([folder, val], out / FILES, write=is_main())
+    found = digests_of([folder, val], out / FILES, write=is_main())
     if is_main():
-        require_sound([val], folder, contents=found, cache=out / SOUND)
+        require_sound([val], folder, digests=found, cache=out / SOUND)
     return found
 
 

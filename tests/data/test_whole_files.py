@@ -7,21 +7,22 @@ import pytest
 from PIL import Image
 from samples import told
 
-from tokenstep.data import pictures
+from tokenstep.data import whole_files
+from tokenstep.data.pictures import read_picture
 from tokenstep.errors import TokenstepError
 
 
 def test_written_whole_into_a_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.labels.png"
     for colour in ("red", "blue"):  # the second replaces the first
-        pictures.write_whole(path, Image.new("RGB", (2, 2), colour).save)
-        assert pictures.read_picture(path).tobytes() == Image.new("RGB", (2, 2), colour).tobytes()
+        whole_files.write_whole(path, Image.new("RGB", (2, 2), colour).save)
+        assert read_picture(path).tobytes() == Image.new("RGB", (2, 2), colour).tobytes()
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_mode_is_that_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    pictures.write_whole(tmp_path / "a.txt", lambda path: path.write_text("a") and None)
+    whole_files.write_whole(tmp_path / "a.txt", lambda path: path.write_text("a") and None)
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -36,7 +37,7 @@ def test_failure_leaves_what_was_there(tmp_path: Path, fault: type[BaseException
         raise fault("stopped")
 
     with pytest.raises(fault, match="stopped"):
-        pictures.write_whole(path, half)
+        whole_files.write_whole(path, half)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
@@ -45,10 +46,10 @@ def test_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     save = Image.new("RGB", (2, 2)).save
     for path in (tmp_path / "file" / "a.png", tmp_path / "folder.png"):
-        assert "folder" in told(path, lambda path: pictures.write_whole(path, save))
+        assert "folder" in told(path, lambda path: whole_files.write_whole(path, save))
     below = tmp_path / "file" / "new"
     for path in (tmp_path / "file", below):
-        assert "folder" in told(path, pictures.require_writable)
+        assert "folder" in told(path, whole_files.require_writable)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
@@ -56,7 +57,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
 def test_read_only_folder(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     save = Image.new("RGB", (2, 2)).save
-    told(tmp_path / "locked" / "a.png", lambda path: pictures.write_whole(path, save))
+    told(tmp_path / "locked" / "a.png", lambda path: whole_files.write_whole(path, save))
 
 
 def test_full_disk(tmp_path: Path) -> None:
@@ -64,16 +65,16 @@ def test_full_disk(tmp_path: Path) -> None:
         temporary.write_text("as far as it went")
         raise OSError(28, "No space left on device")
 
-    assert "No space left" in told(tmp_path / "a.txt", lambda p: pictures.write_whole(p, write))
+    assert "No space left" in told(tmp_path / "a.txt", lambda p: whole_files.write_whole(p, write))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     for _ in range(2):
-        pictures.require_writable(tmp_path / "new" / "folder")
+        whole_files.require_writable(tmp_path / "new" / "folder")
     assert not list((tmp_path / "new" / "folder").iterdir())
 
 
 def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
-    pictures.write_text(tmp_path / "a.json", "Straße ✓\n")
+    whole_files.write_text(tmp_path / "a.json", "Straße ✓\n")
     assert (tmp_path / "a.json").read_bytes() == "Straße ✓\n".encode()

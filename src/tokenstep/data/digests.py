@@ -15,7 +15,7 @@ FILES = "files.json"  # the usual name of a cache, in the folder that the result
 Mark = tuple[int, int, str]  # size in bytes, time of change in ns, sha256
 
 
-def contents(
+def digests_of(
     folders: Sequence[LabelledFolder], cache: Path, *, write: bool = True
 ) -> dict[str, str]:
     """The sha256 of each picture and label of folders of one root, by the path below the root.
@@ -41,7 +41,7 @@ def contents(
 
 
 def of_folder(folder: LabelledFolder, found: Mapping[str, str]) -> dict[str, str]:
-    """What :func:`contents` found of one folder's files and the classes."""
+    """What :func:`digests_of` found of one folder's files and the classes."""
     return {name: found[name] for name in (*_files(folder), CLASSES)}
 
 
