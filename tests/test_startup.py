@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tokenstep
-from tokenstep.measure.choices import RUNTIME_PACKAGES
+from tokenstep.measure.settings import RUNTIME_PACKAGES
 from tokenstep.runtimes.dense import RUNTIMES
 
 HEAVY = ["torch", "numpy", "timm", "PIL", "gradio", "matplotlib", "lightning", "huggingface_hub"]

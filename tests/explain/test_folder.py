@@ -17,7 +17,7 @@ from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.folder import explain_folder, methods_of, worst
-from tokenstep.explain.views import view_of
+from tokenstep.explain.picture import view_of
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import interior
 from tokenstep.measure.quality import Method

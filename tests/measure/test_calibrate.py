@@ -25,9 +25,9 @@ from tokenstep.measure.calibrate import (
     other_spares,
     spread,
 )
-from tokenstep.measure.choices import Search
 from tokenstep.measure.quality import Method
 from tokenstep.measure.quality import measure as measure_methods
+from tokenstep.measure.settings import Search
 from tokenstep.model.segmenter import Segmenter
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition as superpatches
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.measure.choices import PARTITION_SOURCES, PartitionSource
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.metrics import Tally
 from tokenstep.measure.quality import Method, segment_with
+from tokenstep.measure.settings import PARTITION_SOURCES, PartitionSource
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.batch import homogeneity, policy_features

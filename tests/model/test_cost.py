@@ -15,7 +15,7 @@ from tokenstep.model.cost import Cost
 from tokenstep.model.positions import resampled
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.policies.growth import count_macs
+from tokenstep.policies.cnn_cost import count_macs
 
 REDUCED = Thresholds(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
 VARIANTS = (

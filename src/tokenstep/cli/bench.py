@@ -20,7 +20,7 @@ from tokenstep.cli.options import (
     load_model,
 )
 from tokenstep.errors import TokenstepError
-from tokenstep.measure.choices import CPU_ONLY, RUNTIME_PACKAGES
+from tokenstep.measure.settings import CPU_ONLY, RUNTIME_PACKAGES
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
 
 if TYPE_CHECKING:

@@ -112,8 +112,8 @@ def _explain_pictures(
     """Explain each picture that can be read and segmented."""
     from tokenstep.data.pictures import find_pictures, read_picture, to_tensor
     from tokenstep.data.scaling import scaled_down
+    from tokenstep.explain.picture import explain_picture, view_of
     from tokenstep.explain.sections import picture_sections
-    from tokenstep.explain.views import explain_picture, view_of
     from tokenstep.serve.files import missing, output_names
     from tokenstep.serve.windows import fits
 
@@ -148,9 +148,9 @@ def _explain_data(
 ) -> Explanation:
     """Explain a labelled folder, then each of the pictures that lost most against dense."""
     from tokenstep.explain.folder import explain_folder, worst
+    from tokenstep.explain.picture import difference_rows, explain_picture, view_of
     from tokenstep.explain.report import Section
     from tokenstep.explain.sections import difference_section, picture_sections, set_sections
-    from tokenstep.explain.views import difference_rows, explain_picture, view_of
 
     with progress_bar() as progress:
         task = progress.add_task("explain", total=len(folder))

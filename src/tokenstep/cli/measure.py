@@ -20,7 +20,7 @@ from tokenstep.cli.options import (
     numbers,
 )
 from tokenstep.errors import TokenstepError
-from tokenstep.measure.choices import PARTITION_SOURCES, Search
+from tokenstep.measure.settings import PARTITION_SOURCES, Search
 from tokenstep.serve import summary
 from tokenstep.terminal import as_json, console, progress_bar, require_extra
 

@@ -12,7 +12,7 @@ from tokenstep.data.faults import class_warnings
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.explain.folder_sums import FolderSums, ratio
-from tokenstep.explain.views import Rows, depth_name, view_of
+from tokenstep.explain.picture import Rows, depth_name, view_of
 from tokenstep.measure.quality import require_same_classes
 from tokenstep.measure.reliability import reliability_of
 from tokenstep.model.segmenter import Segmenter

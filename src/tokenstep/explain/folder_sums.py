@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.data.labelled_folder import IGNORE
-from tokenstep.explain.views import Rows, View, over_pixels
+from tokenstep.explain.picture import Rows, View, over_pixels
 from tokenstep.measure.metrics import Tally, interior
 from tokenstep.measure.reliability import bin_sums, sub_cell_labels
 from tokenstep.model.result import Result

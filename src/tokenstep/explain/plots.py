@@ -1,4 +1,4 @@
-"""Plots of a report's tables, drawn onto axes as `figures` draws maps.
+"""Plots of a report's tables, drawn onto axes as `maps` draws maps.
 
 Each takes the rows of the table that it stands over.
 """
@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tokenstep.explain.figures import BLACK, BLUE, ORANGE, RED, SKY, depth_colours
-from tokenstep.explain.views import Rows
+from tokenstep.explain.maps import BLACK, BLUE, ORANGE, RED, SKY, depth_colours
+from tokenstep.explain.picture import Rows
 
 METHODS = {  # colour, marker and name of each method
     "dense": (BLACK, "o", "dense"),

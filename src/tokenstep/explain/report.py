@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from tokenstep.explain.views import Rows
+from tokenstep.explain.picture import Rows
 
 # What columns are called where the names in report.json, which stay as they are, say too little.
 HEADINGS = {

@@ -8,20 +8,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from tokenstep.explain import figures, plots
+from tokenstep.explain import maps, plots
+from tokenstep.explain.picture import Rows, View, difference_rows
 from tokenstep.explain.report import FigureFile, Section
-from tokenstep.explain.views import Rows, View, difference_rows
 
 Draw = Callable[[Axes], None]
 
 
 def _figure(name: str, alt_text: str, *draws: Draw, height: float = 4.0) -> FigureFile:
-    return FigureFile(name, alt_text, figures.png(figures.figure(*draws, height=height)))
+    return FigureFile(name, alt_text, maps.png(maps.figure(*draws, height=height)))
 
 
 def _photo(name: str, alt_text: str, draw: Draw, view: View) -> FigureFile:
-    page = figures.figure(draw, height=figures.map_height(view))
-    return FigureFile(name, alt_text, figures.png(page, photo=True))
+    page = maps.figure(draw, height=maps.map_height(view))
+    return FigureFile(name, alt_text, maps.png(page, photo=True))
 
 
 def picture_sections(
@@ -33,19 +33,19 @@ def picture_sections(
         f"{report['width']} x {report['height']} px; {gmac['used']:.2f} GMAC in place of "
         f"{gmac['dense']:.2f} for the dense model ({gmac['policy']:.2f} of them the policy's)."
     )
-    height = 0.85 * figures.map_height(view)  # its scale takes some of the width
+    height = 0.85 * maps.map_height(view)  # its scale takes some of the width
     confidence = [
         _figure(
             f"{name}.confidence-{exit_view.after}",
             f"confidence of each token at the exit after block {exit_view.after}",
-            partial(figures.confidence, view=view, exit_view=exit_view),
+            partial(maps.confidence, view=view, exit_view=exit_view),
             height=height,
         )
         for exit_view in view.exits
     ]
     live = partial(plots.live, rows=report["live"])
-    outlines = partial(figures.partition, view=view)
-    halting = partial(figures.halting, view=view)
+    outlines = partial(maps.partition, view=view)
+    halting = partial(maps.halting, view=view)
     return [
         Section(name, text, rank=rank),
         Section(
@@ -86,7 +86,7 @@ def difference_section(
     name: str, view: View, dense: NDArray[np.uint8], truth: NDArray[np.uint8]
 ) -> Section:
     """Where a picture's label map differs from the dense model's; both maps ``(h, w)``."""
-    draw = partial(figures.difference, view=view, dense=dense, truth=truth)
+    draw = partial(maps.difference, view=view, dense=dense, truth=truth)
     return Section(
         "Difference to dense",
         "Pixels whose class is not the one that the dense model gives.",

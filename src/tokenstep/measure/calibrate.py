@@ -18,9 +18,9 @@ from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.digests import FILES, digests_of
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.measure.choices import Search
 from tokenstep.measure.measurement_cache import MeasurementCache
 from tokenstep.measure.reliability import fit_exits
+from tokenstep.measure.settings import Search
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.batch import homogeneity, policy_features
 

@@ -14,8 +14,8 @@ from tokenstep.config import DENSE, Thresholds
 from tokenstep.core.partition import grid_of, oracle, shuffled, uniform
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.measure.choices import PartitionSource
 from tokenstep.measure.metrics import Tally
+from tokenstep.measure.settings import PartitionSource
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 

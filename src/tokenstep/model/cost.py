@@ -1,7 +1,7 @@
 """Compute of one picture in GMAC, from the tokens that it really had.
 
 All of it is counted by formula. What convolutions cost, torch's counter says once per model: of one
-window of the embedding here, of the policy's CNN in :mod:`tokenstep.policies.growth`. Norms,
+window of the embedding here, of the policy's CNN in :mod:`tokenstep.policies.cnn_cost`. Norms,
 softmax, activations and interpolation (of positions too, though that runs as products) are not
 counted, as in the literature.
 """
@@ -19,7 +19,7 @@ from tokenstep.core.partition import grid_of, token_counts
 from tokenstep.model.build import Parts
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.segmented import Segmented
-from tokenstep.policies.growth import count_macs
+from tokenstep.policies.cnn_cost import count_macs
 from tokenstep.reducers.exits import ExitHeads
 
 GIGA = 1e9

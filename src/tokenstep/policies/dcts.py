@@ -18,7 +18,7 @@ from tokenstep.config import PolicyConfig
 from tokenstep.core.partition import Grid, grid_of, halved, level_of
 from tokenstep.data.pretrained import Published, WeightFile, load_into
 from tokenstep.errors import TokenstepError
-from tokenstep.policies.growth import Growth, count_at, growth_of
+from tokenstep.policies.cnn_cost import Growth, count_at, growth_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
 

@@ -149,7 +149,7 @@ def export(graph: DenseGraph, batch: int, folder: Path) -> Path:
     return path
 
 
-RUNTIMES: dict[str, MakeRuntime] = {  # of `choices.RUNTIME_PACKAGES`
+RUNTIMES: dict[str, MakeRuntime] = {  # of `settings.RUNTIME_PACKAGES`
     "torch": eager,
     "compile": compiled,
     "onnx": onnx_runtime,

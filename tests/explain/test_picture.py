@@ -13,7 +13,7 @@ from support import scramble
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.explain.views import View, depths_of, explain_picture, over_pixels, view_of
+from tokenstep.explain.picture import View, depths_of, explain_picture, over_pixels, view_of
 from tokenstep.model.segmenter import Segmenter
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)

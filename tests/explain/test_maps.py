@@ -20,11 +20,11 @@ from matplotlib.axes import Axes
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.explain import figures, plots
+from tokenstep.explain import maps, plots
 from tokenstep.explain.folder import explain_folder
+from tokenstep.explain.picture import View, explain_picture, view_of
 from tokenstep.explain.report import FigureFile
 from tokenstep.explain.sections import difference_section, picture_sections, set_sections
-from tokenstep.explain.views import View, explain_picture, view_of
 from tokenstep.model.segmenter import Segmenter
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
@@ -50,20 +50,20 @@ def opened(data: bytes) -> Image.Image:
 
 
 def drawn(draw: Callable[[Axes], None]) -> tuple[figures.Figure, Axes]:
-    page = figures.figure(draw, height=4)
-    opened(figures.png(page))
+    page = maps.figure(draw, height=4)
+    opened(maps.png(page))
     return page, page.axes[0]
 
 
 def test_a_figure_is_800_px_wide_and_of_few_colours_as_a_photo(view: View) -> None:
-    page = figures.figure(partial(figures.partition, view=view), height=figures.map_height(view))
-    plain, photo = opened(figures.png(page)), opened(figures.png(page, photo=True))
+    page = maps.figure(partial(maps.partition, view=view), height=maps.map_height(view))
+    plain, photo = opened(maps.png(page)), opened(maps.png(page, photo=True))
     assert plain.width == photo.width == 800 and plain.size == photo.size
     assert photo.mode == "P"
 
 
 def test_outlines_are_where_tokens_meet(view: View) -> None:
-    _, axes = drawn(partial(figures.partition, view=view))
+    _, axes = drawn(partial(maps.partition, view=view))
     owner = view.result.tokens.owner
     meet = (owner[1:] != owner[:-1]).sum() + (owner[:, 1:] != owner[:, :-1]).sum()
     for lines in axes.collections:
@@ -72,7 +72,7 @@ def test_outlines_are_where_tokens_meet(view: View) -> None:
 
 
 def test_the_legend_of_halting_names_every_depth(view: View) -> None:
-    _, axes = drawn(partial(figures.halting, view=view))
+    _, axes = drawn(partial(maps.halting, view=view))
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert [name.partition(":")[0] for name in names] == [
         "halted after block 1",
@@ -82,7 +82,7 @@ def test_the_legend_of_halting_names_every_depth(view: View) -> None:
 
 
 def test_what_an_exit_does_not_see_is_white(view: View) -> None:
-    _, axes = drawn(partial(figures.confidence, view=view, exit_view=view.exits[1]))
+    _, axes = drawn(partial(maps.confidence, view=view, exit_view=view.exits[1]))
     shown = axes.images[-1].get_array()
     gone = np.isnan(view.exits[1].confidence)
     assert gone.any()
@@ -96,7 +96,7 @@ def test_differences_are_lost_gained_or_wrong_in_both(view: View) -> None:
     dense = step.copy()
     dense[:10] = (step[:10] + 1) % 3  # gained on the left, lost on the right
     dense[20:30] = (step[20:30] + 2) % 3  # on the right, both are wrong
-    _, axes = drawn(partial(figures.difference, view=view, dense=dense, truth=truth))
+    _, axes = drawn(partial(maps.difference, view=view, dense=dense, truth=truth))
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     left, right, rows = 50, step.shape[1] - 50, 10
     for name, pixels in zip(names, (rows * right, 2 * rows * left, rows * right), strict=True):

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenstep.explain.views import (
+from tokenstep.explain.picture import (
     ExitView,
     View,
     depth_name,
