@@ -49,7 +49,7 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
-def drawn(draw: Callable[[Axes], None]) -> tuple[figures.Figure, Axes]:
+def drawn(draw: Callable[[Axes], None]) -> tuple[maps.Figure, Axes]:
     page = maps.figure(draw, height=4)
     opened(maps.png(page))
     return page, page.axes[0]
