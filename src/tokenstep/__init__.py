@@ -45,7 +45,11 @@ _MODULES = {
 # Names of earlier versions: what each is called now, and where the old name still lies.
 _FORMER = {
     "Settings": ("Thresholds(...)", "config", "Thresholds"),
-    "StepSegmenter": ("Segmenter.build(config)", "model.deprecated", "StepSegmenter"),
+    "StepSegmenter": (
+        "Segmenter, built by Segmenter.build(config)",
+        "model.deprecated",
+        "StepSegmenter",
+    ),
 }
 
 if not TYPE_CHECKING:  # to a type checker a name that is none must be one

@@ -79,6 +79,7 @@ def test_old_public_names_go_on_with_a_warning(tiny_model: TinyModel) -> None:
     theirs = model.segment(picture, thresholds=old)
     assert np.array_equal(ours.labels, theirs.labels) and isinstance(built, Segmenter)
     assert isinstance(kind.from_pretrained(str(OLD)), Segmenter)
+    assert isinstance(load(OLD), kind) and not isinstance(old, kind)
     with pytest.raises(TokenstepError, match="former name"):
         model.segment(picture, settings=old, thresholds=old)
 

@@ -38,6 +38,9 @@ def model_card(config: ModelConfig, made: Sequence[str] = (), scores: Sequence[s
     classes = f"{len(config.classes)} classes: {', '.join(config.classes)}."
     lines = [HEAD, OURS, "", "# A tokenstep segmenter", "", what, "", classes, ""]
     lines += started_from(config.initial)
+    if vit.stem == "conv" and any(one.part == "vit" for one in config.initial):
+        stem = "The convolutional stem started at random: the file's patch embedding is not used."
+        lines += [stem, ""]
     lines += ["```python", use, "```", "", *made, *scores, *_points(config)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -76,6 +76,7 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
         progress.say(COMPLETE.format(out))
         load_weights(policy, out / WEIGHTS)
     else:
+        tell_start(progress, "policy.pretrained", weights)
         loop = Loop(out, recipe.trainer, progress)
         for number in range(len(recipe.phases)):
             loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
@@ -125,6 +126,7 @@ def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> Segmenter:
         weight = torch.ones(len(folder.classes.names))
         if recipe.class_balance > 0:
             weight = class_weights(count_pixels(folder), recipe.class_balance)
+        tell_start(progress, "vit.pretrained", weights)
         loop = Loop(out, recipe.trainer, progress)
         for number in range(len(recipe.phases)):
             loop.run(SegmenterModule(recipe, number, model, weight), model)
@@ -188,6 +190,12 @@ def telling(recipe: PolicyRecipe | SegmenterRecipe, progress: bool) -> Progress:
     """The progress of a run, told by the main process if at all."""
     quiet = not (progress and is_main())
     return Progress(Path(recipe.out) / "log", phases=len(recipe.phases), quiet=quiet)
+
+
+def tell_start(progress: Progress, option: str, weights: WeightFile | None) -> None:
+    """Say which weights a training starts from, if it does not start at random."""
+    if weights is not None:
+        progress.say(f"{option}: starts from {weights.source} (sha256 {weights.sha256[:12]})")
 
 
 def build_segmenter(
