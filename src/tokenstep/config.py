@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, Literal
+from warnings import warn
 
 from tokenstep.errors import TokenstepError
 from tokenstep.require import require, require_classes
@@ -93,6 +94,12 @@ class OperatingPoint:
     split: str
     images: int
 
+    @property
+    def settings(self) -> Thresholds:
+        """The former name of ``thresholds``."""
+        warn("point.settings is now point.thresholds", DeprecationWarning, stacklevel=2)
+        return self.thresholds
+
     def report(self) -> dict[str, Any]:
         """The point as reports hold it, whose thresholds have always been "settings" there."""
         plain = asdict(self)
@@ -178,6 +185,12 @@ class ModelConfig:
             )
         for thresholds in (self.thresholds, *(point.thresholds for point in self.points)):
             self.check(thresholds)
+
+    @property
+    def settings(self) -> Thresholds:
+        """The former name of ``thresholds``."""
+        warn("config.settings is now config.thresholds", DeprecationWarning, stacklevel=2)
+        return self.thresholds
 
     def point_within(self, max_loss: float) -> OperatingPoint | None:
         """The cheapest operating point that loses at most ``max_loss`` points; None for dense.

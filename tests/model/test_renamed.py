@@ -80,6 +80,12 @@ def test_old_public_names_go_on_with_a_warning(tiny_model: TinyModel) -> None:
     assert np.array_equal(ours.labels, theirs.labels) and isinstance(built, Segmenter)
     assert isinstance(kind.from_pretrained(str(OLD)), Segmenter)
     assert isinstance(load(OLD), kind) and not isinstance(old, kind)
+    with pytest.warns(DeprecationWarning, match="thresholds") as caught:
+        (batched,) = built.segment_batch([picture], settings=old)
+    assert caught[0].filename == __file__, "the warning shows the caller's line"
+    assert np.array_equal(batched.labels, theirs.labels)
+    with pytest.warns(DeprecationWarning, match="config.thresholds"):
+        assert model.config.settings == model.config.thresholds
     with pytest.raises(TokenstepError, match="former name"):
         model.segment(picture, settings=old, thresholds=old)
 

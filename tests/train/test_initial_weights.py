@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,8 @@ def _wider(state: State) -> State:
         (lambda path: path.write_bytes(b""), "fetch it again"),
         (lambda path: path.unlink(), "No such file"),
         (_changed(lambda state: {}), "holds no weights"),
+        (_changed(lambda state: {k: v.int() for k, v in state.items()}), "holds whole numbers"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is no file"),
         (_changed(_renamed), "lacks"),
         (_changed(_without("blocks.2.")), r"lacks .*blocks\.2\."),
         (_changed(_without("norm")), None),

@@ -20,6 +20,7 @@ from tokenstep.errors import TokenstepError
 
 # What a file can make of timm's loading, which converts the formats of many sources.
 _FAULTS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _MOST = 3  # parameters that an error names
 
 Create = Callable[[dict[str, Any]], Any]  # timm.create_model, handed a pretrained_cfg_overlay
@@ -79,6 +80,8 @@ def open_weights(path: Path, option: str, source: str) -> WeightFile:
             f"{path}: {option} takes .safetensors files only: convert it with "
             "safetensors.torch.save_file and name the new file"
         )
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise TokenstepError(f"{path}: is no file: name a .safetensors file in {option}")
     try:
         held = _shapes(path)  # which finds damage before anything is built
         with path.open("rb") as file:
@@ -90,6 +93,11 @@ def open_weights(path: Path, option: str, source: str) -> WeightFile:
         ) from error
     if not held:  # of which timm would think that no file is given, and ask the hub
         raise TokenstepError(f"{path}: holds no weights: name another file in {option}")
+    whole = _of_whole_numbers(path)
+    if whole:  # as of a quantised model: cast to floats they would be other weights
+        raise TokenstepError(
+            f"{path}: {whole} holds whole numbers: name floating-point weights in {option}"
+        )
     return WeightFile(path, source, digest)
 
 
@@ -140,6 +148,16 @@ def _require_loaded(probe: Any, path: Path, unused: tuple[str, ...]) -> None:
 def _shapes(path: Path) -> dict[str, list[int]]:
     with safe_open(path, "pt") as held:
         return {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118
+
+
+def _of_whole_numbers(path: Path) -> str:
+    """The first matrix of a file that is not of floating-point numbers; empty if none is."""
+    with safe_open(path, "pt") as held:
+        for name in held.keys():  # noqa: SIM118
+            part = held.get_slice(name)
+            if len(part.get_shape()) > 1 and part.get_dtype() not in _FLOATS:
+                return str(name)
+    return ""
 
 
 def _blank(path: Path) -> dict[str, Tensor]:

@@ -36,5 +36,5 @@ def renamed(old: str, given: T | None, new: str, value: T | None) -> T | None:
         return value
     if value is not None:
         raise TokenstepError(f"{old} is the former name of {new}: give one of them")
-    warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=3)
+    warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=4)  # inference_mode wraps
     return given

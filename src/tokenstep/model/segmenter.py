@@ -178,12 +178,15 @@ class Segmenter(
         thresholds: Thresholds | None = None,
         partition: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
+        settings: Thresholds | None = None,
     ) -> list[Result]:
         """:meth:`segment` for a list, never scaled; times are the batch's, over its pictures.
 
         ``partition (B, H, W)`` replaces the policy's, for comparisons; ``reducers`` are asked
-        after each block before the exits are, and may just look on.
+        after each block before the exits are, and may just look on. ``settings`` is the former
+        name of ``thresholds``.
         """
+        thresholds = renamed("settings", settings, "thresholds", thresholds)
         if not pictures:
             return []
         if not isinstance(thresholds, Thresholds | None):
