@@ -39,8 +39,8 @@ def calibrate(
     """Give ``model`` temperatures and operating points measured on ``folder``; return a report.
 
     Every measurement is kept in the file ``notes``. So a killed calibration of the same weights
-    on the same pictures goes on where it was. The model's own settings become the cheapest point
-    within 0.5 points of loss.
+    on the same pictures goes on where it was. The model's own thresholds become those of the
+    cheapest point within 0.5 points of loss.
 
     Raises:
         TokenstepError: the folder's classes are not the model's, a file cannot be read, or

@@ -28,7 +28,7 @@ from tokenstep.train.losses import (
     segmentation_loss,
 )
 from tokenstep.train.optimiser import optimise
-from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
+from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, normal_of
 from tokenstep.train.stream import Places, Stream, share_of
 
 
@@ -113,7 +113,7 @@ class PolicyModule(PhaseModule):
         super().__init__(recipe, number)
         self.recipe = recipe
         self.policy = policy
-        mean, std = recipe.normal
+        mean, std = normal_of(recipe)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         # The heads of superpatches that do not fit into a crop learn nothing from it.

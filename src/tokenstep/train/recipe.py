@@ -138,11 +138,6 @@ class PolicyRecipe:
     mean: Channels | None = None
     std: Channels | None = None
 
-    @property
-    def normal(self) -> tuple[Channels, Channels]:
-        """The mean and std that pictures are normalised by."""
-        return self.mean or HALF, self.std or HALF
-
     def __post_init__(self) -> None:
         _check_phases(self.phases)
         _check_normal(self.mean, self.std)
@@ -182,17 +177,17 @@ class SegmenterRecipe:
     mean: Channels | None = None
     std: Channels | None = None
 
-    @property
-    def normal(self) -> tuple[Channels, Channels]:
-        """The mean and std that pictures are normalised by."""
-        return self.mean or HALF, self.std or HALF
-
     def __post_init__(self) -> None:
         _check_phases(self.phases)
         _check_normal(self.mean, self.std)
         for name in ("class_balance", "exit_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, "0 or more", value)
+
+
+def normal_of(recipe: PolicyRecipe | SegmenterRecipe) -> tuple[Channels, Channels]:
+    """The mean and std that a recipe's pictures are normalised by."""
+    return recipe.mean or HALF, recipe.std or HALF
 
 
 def _check_phases(phases: tuple[Phase, ...]) -> None:

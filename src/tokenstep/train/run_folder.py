@@ -211,8 +211,8 @@ def load_policy(folder: Path) -> TrainedPolicy:
     where = str(folder / RECIPE)
     mean, std = (from_dict(cast(Any, Channels), value, where) for value in (mean, std))
     # How it started is a record from here on.
-    thresholds = replace(from_dict(PolicyConfig, config, where), pretrained=False)
-    return TrainedPolicy(thresholds, state, patch, (mean, std), initial_of(folder))
+    policy = replace(from_dict(PolicyConfig, config, where), pretrained=False)
+    return TrainedPolicy(policy, state, patch, (mean, std), initial_of(folder))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

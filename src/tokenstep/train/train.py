@@ -29,7 +29,7 @@ from tokenstep.train.loop import Loop, is_main, meet
 from tokenstep.train.losses import class_weights
 from tokenstep.train.phase import PolicyModule, SegmenterModule
 from tokenstep.train.progress import Progress
-from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
+from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, normal_of
 from tokenstep.train.run_folder import (
     Basis,
     card_of,
@@ -81,7 +81,7 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
         for number in range(len(recipe.phases)):
             loop.run(PolicyModule(recipe, number, policy, len(val.classes.names)), policy)
     report: dict[str, Any] = {}
-    mean, std = recipe.normal
+    mean, std = normal_of(recipe)
     if is_main():
         report = scored(
             out,
@@ -207,8 +207,8 @@ def build_segmenter(
         TokenstepError: the policy's folder, the weights or the recipe is at fault.
     """
     policy = load_policy(Path(recipe.policy_weights))
-    mean, std = recipe.normal
-    if policy.normal != recipe.normal:
+    mean, std = normal_of(recipe)
+    if policy.normal != (mean, std):
         raise TokenstepError(
             f"{recipe.policy_weights}: the policy was trained with {_normal(*policy.normal)}, the "
             f"recipe has {_normal(mean, std)}: set these of the policy, or train another policy"
