@@ -31,7 +31,9 @@ class Runs:
             TRAINER, save_every=1, val_every=3, val_pictures=3, devices=devices
         )
         phase = Phase(steps=steps, batch=2, crop=(64, 64), warmup=2, dense_share=0.5)
-        second = dataclasses.replace(phase, pruning=True, optimizer="muon")
+        second = dataclasses.replace(
+            phase, pruning=True, optimizer="muon", head_lr=4.0, layer_decay=0.8, average=0.7
+        )
         if kind == "policy":
             made = policy_recipe(self.data, out, steps)
             return dataclasses.replace(

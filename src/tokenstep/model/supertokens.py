@@ -57,6 +57,14 @@ class Tokeniser(nn.Module):
                 nn.Linear(vit.embed_dim, vit.embed_dim),
             )
 
+    @torch.no_grad()
+    def begin_without_context(self) -> None:
+        """Let what the policy saw add nothing until it is trained, as pretrained blocks expect."""
+        if self.context is not None:
+            last = cast(nn.Linear, self.context[-1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
     def forward(
         self,
         pictures: Sequence[Tensor],

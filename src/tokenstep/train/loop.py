@@ -15,11 +15,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import Terminated, TokenstepError
@@ -238,7 +239,7 @@ def make_trainer(
             strategy=ddp if settings.devices > 1 else "auto",
             use_distributed_sampler=False,  # it would shuffle; the stream has its own order
             precision=PRECISIONS[settings.precision],  # type: ignore[arg-type]
-            callbacks=[watch, checkpoint],
+            callbacks=[watch, checkpoint, *averaging(module.phase.average)],
             plugins=[Checkpoints(), *_scheduler()],
             default_root_dir=folder,
             logger=TensorBoardLogger(folder.parent, name="log", version=folder.name),
@@ -253,6 +254,14 @@ def make_trainer(
     except (MisconfigurationException, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise TokenstepError(f"recipe: trainer: {reason}") from error
+
+
+def averaging(decay: float) -> list[Callback]:
+    """Lightning's moving average of the weights, whose copy of a frozen part stays as it is."""
+    if decay == 0:
+        return []
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return [WeightAveraging(use_buffers=False, multi_avg_fn=average)]
 
 
 def _scheduler() -> list[SLURMEnvironment]:

@@ -14,12 +14,16 @@ TABLES = ("pos_embed", "cls_token", "reg_token")
 
 
 def optimise(
-    parameters: Iterable[tuple[str, nn.Parameter]], phase: Phase, heads: tuple[str, ...]
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    phase: Phase,
+    heads: tuple[str, ...],
+    below: Callable[[str], int] = lambda name: 0,
 ) -> tuple[torch.optim.Optimizer, SequentialLR]:
     """AdamW or Muon over named parameters, with warm-up and cosine decay.
 
     Norms, biases and position tables are not decayed. ``heads`` are the starts of the names that
-    learn at the heads' rate.
+    learn at the heads' rate; ``below`` says how many layers a parameter of the others lies below
+    the last one, which lowers its rate by ``layer_decay`` each.
     """
     muon = phase.optimizer == "muon"
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -28,7 +32,7 @@ def optimise(
             plain = parameter.ndim < 2 or name.endswith(TABLES)
             head = name.startswith(heads)
             decay = 0.0 if plain else phase.weight_decay
-            lr = phase.lr * (phase.head_lr if head else 1.0)
+            lr = phase.lr * (phase.head_lr if head else phase.layer_decay ** below(name))
             turned = muon and not (plain or head)
             groups.setdefault((lr, decay, turned), []).append(parameter)
     parts: list[dict[str, Any]] = [
@@ -39,7 +43,8 @@ def optimise(
     optimizer = Muon(parts) if muon else torch.optim.AdamW(parts)
     warmup = max(1, phase.warmup)
     rise = LinearLR(optimizer, 1 / warmup, total_iters=warmup)
-    fall = CosineAnnealingLR(optimizer, max(1, phase.steps - warmup), eta_min=phase.lr / 100)
+    least = min(phase.lr / 100, *(lr for lr, _, _ in groups))  # so that no rate rises to it
+    fall = CosineAnnealingLR(optimizer, max(1, phase.steps - warmup), eta_min=least)
     return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 

@@ -43,6 +43,10 @@ class PhaseModule(pl.LightningModule):
     find_unused = False
     looks = False
 
+    def below(self, name: str) -> int:
+        """How many layers a parameter lies below the last; only a stack of blocks has layers."""
+        return 0
+
     def __init__(self, recipe: PolicyRecipe | SegmenterRecipe, number: int) -> None:
         super().__init__()
         self.number = number
@@ -102,7 +106,7 @@ class PhaseModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """What Lightning wants: the optimiser, and its schedule step by step."""
-        optimizer, schedule = optimise(self.named_parameters(), self.phase, self.heads)
+        optimizer, schedule = optimise(self.named_parameters(), self.phase, self.heads, self.below)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -111,6 +115,8 @@ class PolicyModule(PhaseModule):
 
     def __init__(self, recipe: PolicyRecipe, number: int, policy: Policy, classes: int) -> None:
         super().__init__(recipe, number)
+        if self.phase.head_lr != 1:  # at 1 the optimiser's groups stay as runs of 0.1 saved them
+            self.heads = ("policy.lateral.", "policy.smooth.", "policy.heads.", "namer.")
         self.recipe = recipe
         self.policy = policy
         mean, std = normal_of(recipe)
@@ -160,6 +166,14 @@ class SegmenterModule(PhaseModule):
         self.recipe = recipe
         self.model = model
         self.register_buffer("weight", weight, persistent=False)
+
+    def below(self, name: str) -> int:
+        """A block lies below those after it, the embedding below all of them."""
+        depth = len(self.model.encoder.blocks)
+        before, found, rest = name.partition("model.encoder.blocks.")
+        if found and not before:
+            return depth - 1 - int(rest.partition(".")[0])
+        return depth if name.startswith("model.tokenise.") else 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Cross-entropy of the decoder and, as deep supervision, of every exit."""

@@ -89,9 +89,12 @@ class Phase:
     ``batch`` is the pictures of a step on each device, so that two devices take twice as many.
     ``dense_share`` is the share of pictures that run unmerged, so that the model is good both
     ways; ``pruning`` lets exits halt tokens at the model's own thresholds. ``head_lr`` times ``lr``
-    is the rate of exits, decoder and the projection of policy features. ``optimizer`` "muon" gives
-    the other matrices orthogonalised momentum (Jordan et al. 2024), at AdamW's rates, and leaves
-    the rest to AdamW.
+    is the rate of exits, decoder and the projection of policy features, and in a policy's training
+    of all but its trunk. A block learns at ``layer_decay`` times the rate of the block above it,
+    and the embedding so below the first, which keeps what pretrained ones know. ``optimizer``
+    "muon" gives the other matrices orthogonalised momentum (Jordan et al. 2024), at AdamW's rates,
+    and leaves the rest to AdamW. ``average`` above 0 is the decay, at each step, of an exponential
+    moving average of the weights, which is what the phase ends with.
     """
 
     steps: int
@@ -103,7 +106,9 @@ class Phase:
     dense_share: float = 0.1
     pruning: bool = False
     head_lr: float = 1.0
+    layer_decay: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", "1 or more", self.steps)
@@ -115,6 +120,9 @@ class Phase:
         decay = self.weight_decay
         require(0 <= decay < math.inf, "weight_decay", "0 or more", decay)
         require(0 <= self.dense_share <= 1, "dense_share", "0 to 1", self.dense_share)
+        layers = self.layer_decay
+        require(0 < layers <= 1, "layer_decay", "above 0 to 1", layers)
+        require(0 <= self.average < 1, "average", "0 to below 1", self.average)
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,8 @@ def build_segmenter(
             f"the recipe's ViT has {model.patch} px: train one for it, or set vit.patch = "
             f"{policy.patch}"
         )
+    if weights is not None:
+        model.tokenise.begin_without_context()
     model.policy.load_state_dict(policy.state)
     model.policy.requires_grad_(False)
     model.use(checkpointing=recipe.trainer.checkpointing)
