@@ -9,7 +9,7 @@ import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -37,11 +37,14 @@ LAST = "last.ckpt"
 class Loop:
     """Runs the phases of one training one after the other in the folder ``out``."""
 
+    # Lightning's, of the processes that train with this one; a policy's loop starts those of the
+    # segmenter that follows it.
+    launchers: ClassVar[list[Any]] = []
+
     def __init__(self, out: Path, settings: TrainerConfig, progress: Progress) -> None:
         self.out = out
         self.settings = settings
         self.progress = progress
-        self.launchers: list[Any] = []  # Lightning's, of the processes that train with this one
 
     def run(self, module: PhaseModule, network: nn.Module) -> None:
         """Train ``network`` through the phase of ``module``, or load its end if there is one.

@@ -22,6 +22,7 @@ T = TypeVar("T")
 # pictures a step takes. Of weights to start from, what they hold counts, by its digest.
 ASIDE = frozenset(
     {"out", "scale_by", "data.root", "data.workers", "data.cache", "trainer.accelerator"}
+    | {"policy_recipe"}
     | {"vit.pretrained", "policy.pretrained"}
     | {f"trainer.{name}" for name in ("checkpointing", "save_every", "val_every", "val_pictures")}
 )
@@ -61,13 +62,15 @@ class DataConfig:
 class TrainerConfig:
     """The loop: precision, devices and how often to write and look.
 
+    ``precision`` "auto" is bf16 where the machine has arithmetic of it, else fp32; a run that has
+    begun goes on in what it began with.
     ``val_every`` and ``save_every`` are steps; ``val_pictures`` limits the look while training, of
     all devices together.
     ``checkpointing`` recomputes each block in the backward pass, for less memory.
     """
 
     seed: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     checkpointing: bool = False
     accelerator: str = "auto"
     devices: int = 1
@@ -164,12 +167,15 @@ class PolicyRecipe:
 class SegmenterRecipe:
     """How to train a segmenter with a frozen policy: recipes/*.toml.
 
-    ``policy_weights`` is the folder that ``train policy`` wrote. ``class_balance`` is the power of
-    the class weights (0: none), ``exit_weight`` the weight of all exits' losses together.
-    ``scale_by`` "side" is for scenes: the model remembers the median long side of its pictures, and
-    larger ones of its users are scaled down to that; "pixel" is for maps, where a pixel is a length
-    on the ground: pictures stay as they are. ``mean`` and ``std`` must be the policy's;
-    they are 0.5 unless ``vit.pretrained = true`` brings its own.
+    ``policy_weights`` is the folder that ``train policy`` wrote; where it holds no policy yet and
+    ``policy_recipe`` names a file, one is trained by that recipe first, on the same pictures
+    and for the same patches. In a recipe's file its name counts from that file's folder.
+    ``class_balance`` is the power of the class weights (0: none), ``exit_weight`` the weight
+    of all exits' losses together. ``scale_by`` "side" is for scenes: the model remembers the
+    median long side of its pictures, and larger ones of its users are scaled down to that;
+    "pixel" is for maps, where a pixel is a length on the ground: pictures stay as they are.
+    ``mean`` and ``std`` must be the policy's; they are 0.5 unless ``vit.pretrained = true``
+    brings its own.
     """
 
     data: DataConfig
@@ -177,6 +183,7 @@ class SegmenterRecipe:
     policy_weights: str
     out: str
     thresholds: Thresholds
+    policy_recipe: str = ""
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5
@@ -224,6 +231,8 @@ def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TokenstepError(f"{path}: is no TOML file ({error})") from error
     data = cast(dict[str, Any], with_new_keys(data, str(path)))
+    if isinstance(beside := data.get("policy_recipe"), str):
+        data["policy_recipe"] = str(path.parent / beside)
     for override in overrides:
         _override(data, override, path)
     return from_dict(kind, data, str(path))

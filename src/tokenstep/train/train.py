@@ -1,5 +1,6 @@
 """Train a policy from label maps, then a segmenter with that policy frozen."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,9 @@ from tokenstep.train.lock import held
 from tokenstep.train.loop import Loop, is_main, meet
 from tokenstep.train.losses import class_weights
 from tokenstep.train.phase import PolicyModule, SegmenterModule
+from tokenstep.train.precision import settled
 from tokenstep.train.progress import Progress
-from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, normal_of
+from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, normal_of, read_recipe
 from tokenstep.train.run_folder import (
     Basis,
     card_of,
@@ -62,7 +64,7 @@ def train_policy(recipe: PolicyRecipe, *, progress: bool = True) -> dict[str, An
 def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     folder, val = folders(recipe)
     found = checked(recipe, folder, val)
-    recipe, weights = start_of(recipe)
+    recipe, weights = start_of(settled(recipe))
     torch.manual_seed(recipe.trainer.seed)
     try:
         policy = Policy(recipe.policy, recipe.patch, build_trunk(recipe.policy, weights))
@@ -99,22 +101,52 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
 def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> Segmenter:
     """Train a segmenter with the policy of ``recipe.policy_weights`` and write it to ``out``.
 
-    A run that was killed goes on where it was; one that is complete is only read. ``progress``
-    tells on stderr how it goes.
+    The policy is trained first where it is missing and the recipe names one for it. A run that
+    was killed goes on where it was; one that is complete is only read. ``progress`` tells on
+    stderr how it goes.
 
     Raises:
         TokenstepError: the data, the policy's folder or the recipe is at fault, or another process
             works in ``out``.
         Terminated: the process was told to end.
     """
+    if recipe.policy_recipe and not os.path.isfile(Path(recipe.policy_weights) / WEIGHTS):
+        train_policy(policy_recipe_of(recipe), progress=progress)
     with alone(recipe):
         return _train_segmenter(recipe, telling(recipe, progress))
+
+
+def policy_recipe_of(recipe: SegmenterRecipe) -> PolicyRecipe:
+    """The recipe of the policy that a segmenter asks for: its own pictures, patch and place.
+
+    Raises:
+        TokenstepError: its file is no recipe of a policy.
+    """
+    read = read_recipe(PolicyRecipe, Path(recipe.policy_recipe))
+    filled, _ = start_of(recipe)  # with the mean and std that both must have
+    data, trainer = recipe.data, recipe.trainer
+    return replace(
+        read,
+        out=recipe.policy_weights,
+        mean=filled.mean,
+        std=filled.std,
+        patch=recipe.vit.patch or read.patch,
+        data=replace(
+            read.data,
+            root=data.root,
+            train_split=data.train_split,
+            val_split=data.val_split,
+            train_names=data.train_names,
+            val_names=data.val_names,
+        ),
+        trainer=replace(read.trainer, accelerator=trainer.accelerator),
+    )
 
 
 def _train_segmenter(recipe: SegmenterRecipe, progress: Progress) -> Segmenter:
     folder, val = folders(recipe)
     found = checked(recipe, folder, val)
-    recipe, weights = start_of(recipe)
+    recipe, weights = start_of(settled(recipe))
     model = build_segmenter(recipe, folder, weights)
     out = Path(recipe.out)
     basis = Basis(digest_of_weights(Path(recipe.policy_weights)), record(weights, "vit"))
