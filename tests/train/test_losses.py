@@ -4,8 +4,10 @@ import torch.nn.functional as F
 from support import grid_tokens, halt, random_partition
 
 from tokenstep.core import partition
+from tokenstep.core.unmerge import unmerge
 from tokenstep.train.losses import (
     class_weights,
+    distillation_loss,
     homogeneity_loss,
     homogeneity_targets,
     naming_loss,
@@ -138,6 +140,19 @@ def test_sub_cells_are_held_against_their_own_pixels() -> None:
     per_pixel = logits.view(2, 2, 4, 4, 3).permute(0, 2, 1, 3, 4).reshape(64, 3)
     loss = segmentation_loss(tokens, logits, level, labels)
     assert torch.isclose(loss, F.cross_entropy(per_pixel, labels.flatten()))
+
+
+def test_an_exit_that_says_what_the_last_block_says_has_nothing_to_learn() -> None:
+    level = partition.uniform([(4, 6), (4, 4)])
+    tokens = grid_tokens([(4, 6), (4, 4)])
+    logits = torch.randn(len(tokens.x), 4, 3, requires_grad=True)
+    last = unmerge(tokens, logits, level)
+    labels = torch.zeros(2, 32, 48, dtype=torch.int64)
+    assert distillation_loss(tokens, logits + 5, level, last, labels) < 1e-6
+    apart = distillation_loss(tokens, torch.zeros_like(logits), level, last, labels)
+    assert apart > 0.1 and not apart.requires_grad, "the last block learns nothing from it"
+    ignored = torch.full_like(labels, 255)
+    assert distillation_loss(tokens, torch.zeros_like(logits), level, last, ignored) == 0
 
 
 def test_class_weights_favour_the_rare() -> None:

@@ -68,8 +68,7 @@ def segmentation_loss(
     fill whole patches (:func:`padded_labels`); where all are ignored the loss is 0.
     """
     spread = unmerge(tokens, logits, level)
-    target = F.interpolate(labels[:, None].float(), spread.shape[1:3], mode="nearest-exact")
-    flat = target.long().flatten()
+    flat = _of_sub_cells(labels, spread).flatten()
     summed = F.cross_entropy(
         spread.flatten(0, 2).float(),
         flat,
@@ -81,6 +80,27 @@ def segmentation_loss(
         class_weight = summed.new_ones(logits.shape[-1])
     weight = F.pad(class_weight, (0, 1))[flat.clamp(max=len(class_weight))].sum()
     return summed / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def distillation_loss(
+    tokens: PackedTokens, logits: Tensor, level: Tensor, target: Tensor, labels: Tensor
+) -> Tensor:
+    """How far an exit's prediction is from the last block's: KL divergence, mean over sub-cells.
+
+    ``target (B, H * side, W * side, C)`` is what the last block's logits come to on the grid of
+    sub-cells, :func:`unmerge`. Sub-cells that are ignored in ``labels`` do not count; ours.
+    """
+    spread = unmerge(tokens, logits, level).float().log_softmax(dim=-1)
+    wanted = target.detach().float().log_softmax(dim=-1)
+    apart = F.kl_div(spread, wanted, reduction="none", log_target=True).sum(dim=-1)
+    counts = _of_sub_cells(labels, spread) != IGNORE
+    return (apart * counts).sum() / counts.sum().clamp(min=1)
+
+
+def _of_sub_cells(labels: Tensor, spread: Tensor) -> Tensor:
+    """The label of each sub-cell, that of the pixel at its middle: ``(B, H * side, W * side)``."""
+    target = F.interpolate(labels[:, None].float(), spread.shape[1:3], mode="nearest-exact")
+    return target[:, 0].long()
 
 
 def class_weights(pixels: Tensor, power: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from tokenstep.core.partition import padded_labels
+from tokenstep.core.unmerge import unmerge
 from tokenstep.data.augment import TrainTransform, normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -22,6 +23,7 @@ from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.dcts import Policy
 from tokenstep.reducers.exits import DeepSupervision
 from tokenstep.train.losses import (
+    distillation_loss,
     homogeneity_loss,
     homogeneity_targets,
     naming_loss,
@@ -190,9 +192,16 @@ class SegmenterModule(PhaseModule):
         live = out.logits[: len(out.tokens.x)]
         loss = segmentation_loss(out.tokens, live, partition, labels, weight)
         self.log("loss", loss, prog_bar=True)
+        taught, told = self.recipe.exit_distil, 1 - self.recipe.exit_distil
+        last = unmerge(out.tokens, live, partition) if taught else None
         for tokens, logits in watch.seen:
-            aside = segmentation_loss(tokens, logits, partition, labels, weight)
-            loss = loss + self.recipe.exit_weight / len(watch.seen) * aside
+            share = self.recipe.exit_weight / len(watch.seen)
+            if told:
+                aside = segmentation_loss(tokens, logits, partition, labels, weight)
+                loss = loss + share * told * aside
+            if last is not None:
+                apart = distillation_loss(tokens, logits, partition, last, labels)
+                loss = loss + share * taught * apart
         return loss
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

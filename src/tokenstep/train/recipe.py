@@ -171,7 +171,8 @@ class SegmenterRecipe:
     ``policy_recipe`` names a file, one is trained by that recipe first, on the same pictures
     and for the same patches. In a recipe's file its name counts from that file's folder.
     ``class_balance`` is the power of the class weights (0: none), ``exit_weight`` the weight
-    of all exits' losses together. ``scale_by`` "side" is for scenes: the model remembers the
+    of all exits' losses together, and ``exit_distil`` the share of theirs that the last block
+    teaches instead of the labels. ``scale_by`` "side" is for scenes: the model remembers the
     median long side of its pictures, and larger ones of its users are scaled down to that;
     "pixel" is for maps, where a pixel is a length on the ground: pictures stay as they are.
     ``mean`` and ``std`` must be the policy's; they are 0.5 unless ``vit.pretrained = true``
@@ -187,6 +188,7 @@ class SegmenterRecipe:
     vit: VitConfig = field(default_factory=VitConfig)
     class_balance: float = 0.0
     exit_weight: float = 0.5
+    exit_distil: float = 0.0
     scale_by: Literal["side", "pixel"] = "pixel"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mean: Channels | None = None
@@ -198,6 +200,7 @@ class SegmenterRecipe:
         for name in ("class_balance", "exit_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, "0 or more", value)
+        require(0 <= self.exit_distil <= 1, "exit_distil", "0 to 1", self.exit_distil)
 
 
 def normal_of(recipe: PolicyRecipe | SegmenterRecipe) -> tuple[Channels, Channels]:
