@@ -138,6 +138,7 @@ def policy_recipe_of(recipe: SegmenterRecipe) -> PolicyRecipe:
             val_split=data.val_split,
             train_names=data.train_names,
             val_names=data.val_names,
+            workers=data.workers,
         ),
         trainer=replace(read.trainer, accelerator=trainer.accelerator),
     )
