@@ -22,7 +22,7 @@ def example() -> dict[str, Any]:
 
 def test_the_example_reducer_merges_and_does_not_see_the_batch(tiny_model: TinyModel) -> None:
     names, model = example(), tiny_model()
-    pairs = names["Pairs"](names["PairsSettings"](after=(1,), similarity=-1.0))
+    pairs = names["Pairs"](after=(1,), similarity=-1.0)
     pictures = [torch.rand(3, 40, 48), torch.rand(3, 16, 24)]
     with torch.no_grad():
         together = model(pictures, thresholds=DENSE, reducers=[pairs])
@@ -39,5 +39,5 @@ def test_off_it_changes_nothing(tiny_model: TinyModel) -> None:
     picture = torch.rand(1, 3, 40, 48)
     with torch.no_grad():
         plain = model(picture, thresholds=DENSE).logits
-        off = model(picture, thresholds=DENSE, reducers=[names["Pairs"](names["PairsSettings"]())])
+        off = model(picture, thresholds=DENSE, reducers=[names["Pairs"]()])
     assert torch.equal(off.logits, plain)

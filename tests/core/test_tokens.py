@@ -140,6 +140,42 @@ def test_merging_and_halting_in_turn_keep_the_bookkeeping(grids: list[tuple[int,
         check(tokens)
 
 
+def test_merging_by_a_weight_of_its_own() -> None:
+    tokens = grid_tokens([(1, 3)], prefix=1)
+    merged = tokens.merge(torch.tensor([0, 1, 1, 3]), torch.tensor([1.0, 3.0, 1.0, 5.0]))
+    torch.testing.assert_close(merged.x[1], (3 * tokens.x[1] + tokens.x[2]) / 4)
+    assert merged.size.tolist() == [1, 2, 1], "size counts cells whatever the weight"
+
+
+@given(GRIDS)
+def test_dropped_rows_come_back_with_what_they_had(grids: list[tuple[int, int]]) -> None:
+    tokens = start = grid_tokens(grids)
+    for layer in (1, 2):
+        gone = (torch.rand(len(tokens.x)) < 0.5) & ~tokens.is_prefix
+        before, tokens = tokens, tokens.drop(gone, layer)
+        assert tokens.anchor.equal(before.anchor[~gone])
+    left = tokens.with_features(tokens.x + 1)
+    back = left.rejoined()
+    check(back)
+    assert back.picture().equal(start.picture())
+    assert back.is_prefix.equal(start.is_prefix), "prefix rows are the first of each picture"
+    row = {int(anchor): index for index, anchor in enumerate(start.anchor) if anchor >= 0}
+    for index, anchor in enumerate(back.anchor.tolist()):
+        if anchor >= 0:
+            was_dropped = left.dropped is not None and anchor in left.dropped.anchor.tolist()
+            expected = start.x[row[anchor]] + (0 if was_dropped else 1)
+            assert torch.equal(back.x[index], expected)
+    assert start.rejoined() is start
+
+
+def test_prefix_rows_are_not_dropped() -> None:
+    tokens = grid_tokens([(2, 2)])
+    with pytest.raises(ValueError, match="prefix"):
+        tokens.drop(tokens.is_prefix, 1)
+    with pytest.raises(ValueError, match="gone must be"):
+        tokens.drop(tokens.is_prefix[1:], 1)
+
+
 def test_gradients_pass_through_merge_and_halt() -> None:
     tokens = grid_tokens([(2, 2)])
     x = tokens.x.clone().requires_grad_()

@@ -12,9 +12,11 @@ from samples import pattern
 from support import scramble
 
 from tokenstep.config import DENSE, Thresholds
+from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.explain.picture import View, depths_of, explain_picture, over_pixels, view_of
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.reducers.exits import DeepSupervision
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
 
@@ -36,11 +38,13 @@ def judged_by(model: Segmenter, thresholds: Thresholds) -> list[np.ndarray]:
     found = []
     (pruning,) = model.pruning(thresholds)
 
-    def watch(tokens: PackedTokens, blocks_run: int) -> None:
-        if blocks_run in model.exits.after:
-            confidence, _ = pruning.judged(tokens.x, model.exits.after.index(blocks_run))
-            found.append(np.sort(confidence[~tokens.is_prefix].numpy()))
+    class Watch(DeepSupervision):
+        def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> None:
+            if block in model.exits.after:
+                confidence, _ = pruning.judged(tokens.x, model.exits.after.index(block))
+                found.append(np.sort(confidence[~tokens.is_prefix].numpy()))
 
+    watch = Watch(model.exits)
     model.segment_batch([picture()], thresholds=thresholds, reducers=[watch])
     return found
 

@@ -1,5 +1,7 @@
 """The GMAC that are reported against torch's own count of what really ran."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from conftest import TinyModel
@@ -16,6 +18,9 @@ from tokenstep.model.positions import resampled
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.cnn_cost import count_macs
+from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.tome import ToMe
 
 REDUCED = Thresholds(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
 VARIANTS = (
@@ -33,7 +38,12 @@ VARIANTS = (
 )
 
 
-def counted(model: Segmenter, images: list[torch.Tensor], thresholds: Thresholds) -> float:
+def counted(
+    model: Segmenter,
+    images: list[torch.Tensor],
+    thresholds: Thresholds,
+    reducers: Sequence[Reducer] = (),
+) -> float:
     """GMAC of a forward pass by torch's counter.
 
     Attention runs on the back end of plain matrix products: for the fused ones on a CPU not every
@@ -44,7 +54,7 @@ def counted(model: Segmenter, images: list[torch.Tensor], thresholds: Thresholds
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        model(images, thresholds=thresholds)
+        model(images, thresholds=thresholds, reducers=reducers)
     return counter.get_total_flops() / 2e9 - interpolated(model, images)
 
 
@@ -89,6 +99,20 @@ def test_reduced_cost_is_what_torch_counts(
     assert result.tokens.end < result.tokens.start < result.tokens.grid, "both must have worked"
     assert result.cost.total == pytest.approx(counted(model, [image], thresholds), rel=1e-9)
     assert min(result.cost.policy, result.cost.exits) > 0
+
+
+@pytest.mark.parametrize(
+    "reducer", [ToMe(r=5), ToMe(share=0.3), EViT(0.6, (1, 2)), EViT(0.6, (1,), fuse=False)], ids=str
+)
+@pytest.mark.parametrize("size_bias", [False, True])
+def test_the_cost_of_a_reducer_is_what_torch_counts(
+    tiny_model: TinyModel, reducer: Reducer, size_bias: bool
+) -> None:
+    model, image = tiny_model(size_bias=size_bias), torch.rand(3, 64, 96)
+    (result,) = model.segment_batch([image], thresholds=DENSE, reducers=[reducer])
+    expected = counted(model, [image], DENSE, [reducer])
+    assert result.cost.total == pytest.approx(expected, rel=1e-9)
+    assert 0 < result.cost.reducers < 0.1 * result.cost.total < 0.1 * result.dense_cost.total
 
 
 def test_a_batch_costs_what_its_pictures_cost(tiny_model: TinyModel) -> None:

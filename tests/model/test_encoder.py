@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenstep.config import VitConfig
 from tokenstep.core import partition
+from tokenstep.core.attention import Attended
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.timm_block import BlockSettings, require_supported, run_block
@@ -21,7 +22,7 @@ from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.model.embed import LinearEmbed
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
-from tokenstep.reducers.base import Halt, Merge
+from tokenstep.reducers.base import Decision, Halt, Merge, Site, Turn
 
 small = partial(
     VisionTransformer,
@@ -71,8 +72,8 @@ def packed_features(vit: nn.Module, images: Tensor, settings: BlockSettings) -> 
     level = partition.uniform(
         [partition.grid_of(picture.shape[-2:], tokenise.patch) for picture in pictures]
     )
-    tokens, live = Encoder(vit, settings)(tokenise(pictures, level))
-    assert {sum(rows) for rows in live} == {len(tokens.x)}
+    tokens, trace = Encoder(vit, settings)(tokenise(pictures, level))
+    assert {sum(rows) for rows in (*trace.attention, *trace.mlp)} == {len(tokens.x)}
     return tokens.x.unflatten(0, (len(images), -1))
 
 
@@ -206,48 +207,55 @@ def test_checkpointing_keeps_fewer_tensors() -> None:
 
 
 class Scripted:
-    """A reducer that returns what the test wants after each block."""
+    """A reducer that returns what the test wants in each block."""
 
-    def __init__(self, decide: Callable[[PackedTokens, int], Merge | Halt | None]) -> None:
+    def __init__(
+        self, decide: Callable[[PackedTokens, int], Decision | None], site: Site = "block"
+    ) -> None:
         self.decide = decide
+        self.site = site
 
-    def __call__(self, tokens: PackedTokens, blocks_run: int) -> Merge | Halt | None:
-        return self.decide(tokens, blocks_run)
+    def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None) -> Decision | None:
+        assert (seen is None) == (self.site == "block")
+        return self.decide(tokens, block)
+
+    def macs(self, turn: Turn) -> int:
+        return 0
 
 
 def test_reducers_are_asked_after_each_block_and_shrink_the_sequence() -> None:
     asked: list[tuple[int, int]] = []
 
-    def decide(tokens: PackedTokens, blocks_run: int) -> Merge | Halt | None:
-        asked.append((blocks_run, len(tokens.x)))
-        if blocks_run == 1:
+    def decide(tokens: PackedTokens, block: int) -> Merge | Halt | None:
+        asked.append((block, len(tokens.x)))
+        if block == 1:
             return Halt(torch.arange(len(tokens.x)) == 2, tokens.x[2].view(1, 1, -1))
-        if blocks_run == 2:
+        if block == 2:
             return Merge(torch.arange(len(tokens.x)).clamp(max=2))
         return None
 
-    tokens, live = encoder().eval()(grid_tokens([(2, 2)], dim=48), [Scripted(decide)])
+    tokens, trace = encoder().eval()(grid_tokens([(2, 2)], dim=48), [Scripted(decide)])
     assert asked == [(1, 5), (2, 4), (3, 3)]
-    assert live == [(5,), (4,), (3,)]
+    assert trace.attention == trace.mlp == [(5,), (4,), (3,)]
     assert tokens.halted is not None
     assert tokens.halted.layer.tolist() == [1]
     assert tokens.size.tolist() == [1, 1, 2]
 
 
 def test_a_sequence_may_run_empty() -> None:
-    def decide(tokens: PackedTokens, blocks_run: int) -> Halt:
+    def decide(tokens: PackedTokens, block: int) -> Halt:
         return Halt(torch.ones(len(tokens.x), dtype=torch.bool), tokens.x.unsqueeze(1))
 
     for backend in ("loop", "padded"):
         encode = encoder(BlockSettings(backend=backend, size_bias=True)).eval()
         one = grid_tokens([(2, 2), (1, 1)], dim=48, prefix=0)
-        tokens, live = encode(one, [Scripted(decide)])
-        assert live == [(4, 1), (0, 0), (0, 0)]
+        tokens, trace = encode(one, [Scripted(decide)])
+        assert trace.attention == [(4, 1), (0, 0), (0, 0)]
         assert tokens.x.shape == (0, 48)
 
 
 def test_one_picture_may_run_empty_without_harm_to_the_others() -> None:
-    def first(tokens: PackedTokens, blocks_run: int) -> Halt:
+    def first(tokens: PackedTokens, block: int) -> Halt:
         done = tokens.picture() == 0
         return Halt(done, tokens.x[done].unsqueeze(1))
 

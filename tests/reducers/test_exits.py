@@ -155,8 +155,8 @@ def test_halted_logits_carry_gradients_to_the_head() -> None:
 def test_deep_supervision_sees_every_exit_and_halts_nothing() -> None:
     tokens = grid_tokens([(2, 2)])
     watch = DeepSupervision(exits(side=2))
-    for blocks_run in range(1, 5):
-        watch(tokens, blocks_run)
+    for block in range(1, 5):
+        watch(tokens, block)
     assert [logits.shape for _, logits in watch.seen] == [(5, 4, CLASSES)] * 2
 
 

@@ -13,11 +13,15 @@ from torch import Tensor
 
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition, ragged
+from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.timm_vit import build_vit
 from tokenstep.model.segmented import Segmented
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.base import Merge, Reducer
+from tokenstep.reducers.base import Merge, Reducer, Site, Turn
+from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.random_drop import RandomDrop
+from tokenstep.reducers.tome import ToMe
 
 Sizes = list[tuple[int, int]]
 SIZES = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3)
@@ -29,10 +33,15 @@ class MergeNeighbours:
     Neighbours are rows 0 and 1, 2 and 3, ... of a picture, prefix rows left out.
     """
 
+    site: Site = "block"
+
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def __call__(self, tokens: PackedTokens, blocks_run: int) -> Merge:
+    def macs(self, turn: Turn) -> int:
+        return turn.dim * turn.before
+
+    def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> Merge:
         rows = torch.arange(len(tokens.x))
         picture = tokens.picture()
         prefix = tokens.is_prefix.sum() // (len(tokens.offsets) - 1)
@@ -60,12 +69,23 @@ WAYS = {
     "exits": Way(Thresholds(exits=(0.5, 0.5), spare=1)),
     "exits that spare none": Way(Thresholds(exits=(0.4, 0.4), spare=0)),
     "merging reducer": Way(reducers=lambda: [MergeNeighbours(2)]),
+    "tome": Way(reducers=lambda: [ToMe(share=0.2)]),
+    "tome, a number": Way(reducers=lambda: [ToMe(r=1)]),
+    "evit": Way(reducers=lambda: [EViT(keep=0.6, blocks=(1, 2))]),
+    "evit that drops": Way(reducers=lambda: [EViT(keep=0.6, blocks=(1, 3), fuse=False)]),
+    "random drop": Way(reducers=lambda: [RandomDrop(share=0.3)]),
+    "two at one site": Way(
+        Thresholds(merge=(0.5, 0.5)), lambda: [EViT(0.7, (1, 2), fuse=False), ToMe(share=0.2)]
+    ),
     "all": Way(Thresholds((0.5, 0.5), (0.5, 0.5), 1), lambda: [MergeNeighbours(2)]),
 }
 ZERO = {
     "policy": Way(Thresholds(merge=(1.0, 1.0))),
     "exits": Way(Thresholds(exits=(1.0, 1.0), spare=0)),
     "merging reducer": Way(reducers=lambda: [MergeNeighbours(0)]),
+    "tome": Way(reducers=lambda: [ToMe(share=0.0)]),
+    "evit": Way(reducers=lambda: [EViT(keep=1.0)]),
+    "random drop": Way(reducers=lambda: [RandomDrop(share=0.0)]),
     "all": Way(Thresholds((1.0, 1.0), (1.0, 1.0), 0), lambda: [MergeNeighbours(0)]),
 }
 
@@ -131,7 +151,8 @@ def test_it_really_reduces(model: Segmenter, name: str) -> None:
     with torch.no_grad():
         out = run(model, WAYS[name], pictures_of(sizes))
         dense = run(model, WAYS["dense"], pictures_of(sizes))
-    assert (len(out.tokens.x) < len(dense.tokens.x)) == (name != "dense")
+    ran, all_rows = (sum(map(sum, (*one.trace.mlp, *one.trace.attention))) for one in (out, dense))
+    assert (ran < all_rows) == (name != "dense")
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -241,9 +262,9 @@ class OncePerPicture(MergeNeighbours):
     def __init__(self) -> None:
         super().__init__(1000)
 
-    def __call__(self, tokens: PackedTokens, blocks_run: int) -> Merge:
-        if blocks_run == 1:
-            return super().__call__(tokens, blocks_run)
+    def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> Merge:
+        if block == 1:
+            return super().__call__(tokens, block)
         return Merge(torch.arange(len(tokens.x)))
 
 

@@ -1,5 +1,6 @@
 """The kernel seam: attention over packed tokens, one back end behind one signature."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +12,81 @@ from tokenstep.core.ragged import Segments
 
 Backend = Literal["auto", "loop", "padded", "varlen"]
 BACKENDS: tuple[Backend, ...] = ("auto", "loop", "padded", "varlen")
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What the attention of one block saw, for a reducer that judges by it.
+
+    Fused kernels keep no weights, so :meth:`received` makes those that are asked for anew.
+    """
+
+    segments: Segments
+    cells: Tensor | None  # (T,) where a size bias lets a row weigh as its cells
+    q: Tensor  # (T, heads, d)
+    k: Tensor  # (T, heads, d)
+    scale: float
+
+    def of_rows(self, keep: Tensor, segments: Segments) -> "Attended":
+        """The same of the rows in the mask ``keep (T,)``, which lie as ``segments`` says."""
+        cells = None if self.cells is None else self.cells[keep]
+        return Attended(segments, cells, self.q[keep], self.k[keep], self.scale)
+
+    @torch.no_grad()
+    def received(self, asking: Tensor) -> Tensor:
+        """Attention that each row gets from those of its picture in the mask ``asking (T,)``.
+
+        The mean over these rows and over heads, ``(T,)`` float32: it sums to 1 in each picture that
+        has a row that asks, and is 0 in others.
+        """
+        found = self.q.new_zeros(len(self.q), dtype=torch.float32)
+        start = 0
+        for length in self.segments.lengths:
+            own = slice(start, start + length)
+            # (heads, asking rows, d), a band of them at a time: all weights are rows squared
+            queries = self.q[own][asking[own]].transpose(0, 1)
+            for band in torch.split(queries, max(1, _BAND // max(1, length)), dim=1):
+                logits = (band @ self.k[own].movedim(0, 2)).float() * self.scale
+                if self.cells is not None:
+                    logits = logits + self.cells[own].float().log()
+                found[own] += logits.softmax(dim=-1).mean(0).sum(0) / max(1, queries.shape[1])
+            start += length
+        return found
+
+
+_BAND = 2**20  # weights of a head at a time
+
+
+class Attend:
+    """The kernel that the attention of a block calls, over the packed rows of one moment.
+
+    ``cells (T,)`` lets a row weigh as the cells that it speaks for. ``keep`` says that what was
+    seen is wanted afterwards, as :attr:`seen`; it holds memory.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        *,
+        cells: Tensor | None = None,
+        backend: Backend = "auto",
+        keep: bool = False,
+    ) -> None:
+        self.segments = segments
+        self.cells = cells
+        self.backend = backend
+        self.keep = keep
+        self.seen: Attended | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """Let each row attend to the rows of its own picture: all are ``(T, heads, d)``."""
+        if self.keep:
+            self.seen = Attended(self.segments, self.cells, q.detach(), k.detach(), scale)
+        width = v.shape[-1]
+        if self.cells is not None:
+            q, k, v = with_size_bias(q, k, v, size=self.cells, scale=scale)
+        out = packed_attention(q, k, v, segments=self.segments, scale=scale, backend=self.backend)
+        return out[..., :width]
 
 
 def packed_attention(

@@ -5,8 +5,8 @@ Axis letters, here and everywhere: ``B`` pictures, ``T`` live rows, ``A`` halted
 ``h x w`` pixels. A *cell* is one patch of the grid; cells are numbered flat over ``(B, H, W)``.
 
 A token is named by one cell that it speaks for (its *anchor*), and every cell knows its speaker
-(its *owner*). Merging renames cells, halting removes rows, no cell ever moves: so going back to
-the grid is one gather at any depth, whatever was merged or halted on the way.
+(its *owner*). Merging renames cells, halting and dropping remove rows, no cell ever moves: so going
+back to the grid is one gather at any depth, whatever was merged, dropped or halted on the way.
 """
 
 from dataclasses import dataclass, replace
@@ -27,6 +27,16 @@ class Halted:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """Tokens that no block sees any more; what they had when they were dropped waits here."""
+
+    x: Tensor  # (A, D)
+    size: Tensor  # (A,) int64
+    anchor: Tensor  # (A,) int64
+    layer: Tensor  # (A,) int64, number of the block in which the token was dropped
+
+
+@dataclass(frozen=True, slots=True)
 class PackedTokens:
     """All live tokens of a batch in one flat tensor, picture after picture.
 
@@ -40,6 +50,7 @@ class PackedTokens:
     anchor: Tensor  # (T,) int64, flat index of the cell that names the row; -1 for a prefix row
     owner: Tensor  # (B, H, W) int64, anchor of the token that speaks for the cell; -1 outside
     halted: Halted | None = None
+    dropped: Dropped | None = None
 
     def __post_init__(self) -> None:
         rows = {len(self.x), len(self.size), len(self.anchor)}
@@ -64,11 +75,11 @@ class PackedTokens:
         """The same tokens with new features ``x (T, D)``."""
         return replace(self, x=x)
 
-    def merge(self, into: Tensor) -> "PackedTokens":
+    def merge(self, into: Tensor, weight: Tensor | None = None) -> "PackedTokens":
         """Merge each row ``r`` into row ``into[r]``; a row with ``into[r] == r`` survives.
 
-        Features become the mean weighted by size; the survivor speaks for all cells. ``into`` is
-        ``(T,)`` int64.
+        Features become the mean by ``weight (T,)``, above 0, or by size; the survivor speaks for
+        all cells. ``into`` is ``(T,)`` int64.
 
         Raises:
             ValueError: ``into`` has another length than the rows, or a row would merge into one
@@ -89,10 +100,10 @@ class PackedTokens:
         target = (keep.cumsum(0) - 1)[into]
         # In fp32, since the sum over a large superpatch leaves the range of fp16.
         exact = torch.promote_types(self.x.dtype, torch.float32)
-        weight = self.size.to(exact).unsqueeze(1)
-        total = weight.new_zeros(survivors, 1).index_add(0, target, weight)
-        mixed = weight.new_zeros(survivors, self.x.shape[1])
-        mixed = mixed.index_add(0, target, self.x.to(exact) * weight) / total
+        share = (self.size if weight is None else weight).to(exact).unsqueeze(1)
+        total = share.new_zeros(survivors, 1).index_add(0, target, share)
+        mixed = share.new_zeros(survivors, self.x.shape[1])
+        mixed = mixed.index_add(0, target, self.x.to(exact) * share) / total
         size = self.size.new_zeros(survivors).index_add(0, target, self.size)
 
         renamed = torch.arange(self.owner.numel(), device=into.device)
@@ -140,4 +151,51 @@ class PackedTokens:
             size=self.size[stay],
             anchor=self.anchor[stay],
             halted=new,
+        )
+
+    def drop(self, gone: Tensor, layer: int) -> "PackedTokens":
+        """Take the rows of the mask ``gone (T,)`` out of the sequence, with what they have now.
+
+        ``layer`` is the number of the block. :meth:`rejoined` brings them back.
+
+        Raises:
+            ValueError: ``gone`` has another length than the rows, or a prefix row would go.
+        """
+        if gone.shape != self.anchor.shape:
+            raise ValueError(f"gone must be ({len(self.x)},), got {tuple(gone.shape)}")
+        leave = gone.nonzero().squeeze(1)
+        stay = (~gone).nonzero().squeeze(1)
+        if bool((self.anchor[leave] < 0).any()):
+            raise ValueError("prefix rows are never dropped")
+        parts = [self.x[leave], self.size[leave], self.anchor[leave], torch.full_like(leave, layer)]
+        if self.dropped is not None:
+            old = self.dropped
+            before = (old.x, old.size, old.anchor, old.layer)
+            parts = [torch.cat(pair) for pair in zip(before, parts, strict=True)]
+        return replace(
+            self,
+            x=self.x[stay],
+            offsets=ragged.kept_offsets(~gone, self.offsets),
+            size=self.size[stay],
+            anchor=self.anchor[stay],
+            dropped=Dropped(*parts),
+        )
+
+    def rejoined(self) -> "PackedTokens":
+        """Bring dropped tokens back as live rows, each behind the others of its picture.
+
+        ``dropped`` goes on saying which they are, and in which block they left.
+        """
+        if self.dropped is None:
+            return self
+        cells = self.owner[0].numel()
+        picture = torch.cat([self.picture(), self.dropped.anchor // cells])
+        order = picture.argsort(stable=True)
+        lengths = torch.bincount(picture, minlength=len(self.offsets) - 1)
+        return replace(
+            self,
+            x=torch.cat([self.x, self.dropped.x])[order],
+            offsets=ragged.offsets_of(lengths),
+            size=torch.cat([self.size, self.dropped.size])[order],
+            anchor=torch.cat([self.anchor, self.dropped.anchor])[order],
         )

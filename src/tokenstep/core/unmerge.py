@@ -19,10 +19,16 @@ def rows_of_cells(tokens: PackedTokens) -> Tensor:
     anchor = tokens.anchor
     if tokens.halted is not None:
         anchor = torch.cat([anchor, tokens.halted.anchor])
-    speaks = anchor >= 0
-    row = torch.full((tokens.owner.numel(),), -1, dtype=torch.int64, device=anchor.device)
-    row[anchor[speaks]] = speaks.nonzero().squeeze(1)
+    row = _rows_of_anchors(anchor, tokens.owner)
     return torch.where(tokens.owner < 0, -1, row[tokens.owner.clamp(min=0)])
+
+
+def _rows_of_anchors(anchor: Tensor, owner: Tensor) -> Tensor:
+    """Row that each cell names, flat over ``owner (B, H, W)``; -1 where it names none."""
+    speaks = anchor >= 0
+    row = torch.full((owner.numel(),), -1, dtype=torch.int64, device=anchor.device)
+    row[anchor[speaks]] = speaks.nonzero().squeeze(1)
+    return row
 
 
 def token_values(live: Tensor, halted: Tensor | None) -> Tensor:
@@ -65,6 +71,10 @@ def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
 def layer_of_cells(tokens: PackedTokens, depth: int) -> Tensor:
     """Blocks that ran for each cell's token, ``(B, H, W)`` int64; ``depth`` if it never halted."""
     live = torch.full_like(tokens.anchor, depth)
+    if tokens.dropped is not None:
+        live[_rows_of_anchors(tokens.anchor, tokens.owner)[tokens.dropped.anchor]] = (
+            tokens.dropped.layer
+        )
     halted = tokens.halted.layer if tokens.halted is not None else None
     rows = rows_of_cells(tokens)
     return torch.where(rows < 0, -1, token_values(live, halted)[rows.clamp(min=0)])

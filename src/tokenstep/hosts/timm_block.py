@@ -1,7 +1,8 @@
 """One block of a timm ViT over packed tokens, and which timm ViTs can run so."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from timm.layers import (  # type: ignore[attr-defined]  # timm re-exports without saying so
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenstep.core import ragged
-from tokenstep.core.attention import Backend, packed_attention, with_size_bias
+from tokenstep.core.attention import Attend, Backend, biased_width
+from tokenstep.core.macs import linear_macs
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
+
+T = TypeVar("T")
 
 PlainViT = VisionTransformer  # timm's own name for what this project calls a plain ViT
 
@@ -37,38 +41,66 @@ class BlockSettings:
     size_bias: bool = False  # a supertoken weighs as much in attention as its patches
     checkpointing: bool = False  # recompute each block in the backward pass to save memory
 
+    def run(self, half: Callable[[Tensor, T], Tensor], x: Tensor, aside: T) -> Tensor:
+        """Run one half of a block on ``x (T, D)``, now or again in the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(half, x, aside, use_reentrant=False)
+            return recomputed
+        return half(x, aside)
+
+
+class TimmBlock:
+    """One timm block over packed tokens, in two halves, so that a reducer may act between them.
+
+    Stochastic depth is drawn per picture; timm's own would draw per row, that is per token.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = cast(Block, block)
+
+    @property
+    def heads(self) -> int:
+        """Heads of its attention."""
+        return int(cast(Attention, self.block.attn).num_heads)
+
+    def attention(self, x: Tensor, attend: Attend) -> Tensor:
+        """Features ``(T, D)`` after attention."""
+        block = self.block
+        attended = attention_of(cast(Attention, block.attn), block.norm1(x), attend)
+        return x + _drop_path(block.drop_path1, block.ls1(attended), attend.segments)
+
+    def mlp(self, x: Tensor, segments: Segments) -> Tensor:
+        """Features ``(T, D)`` after the MLP."""
+        block = self.block
+        return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), segments)
+
+    def macs(self, rows: int, left: int, *, size_bias: bool) -> int:
+        """Multiply-adds where attention sees ``rows`` rows of a picture and the MLP ``left``.
+
+        The size bias widens every head by the channel that carries it, and its padding.
+        """
+        attention = cast(Attention, self.block.attn)
+        channels = biased_width(attention.head_dim) if size_bias else attention.head_dim
+        products = 2 * rows * rows * int(attention.num_heads * channels)
+        return linear_macs(attention) * rows + products + linear_macs(self.block.mlp) * left
+
 
 def run_block(
     block: nn.Module, tokens: PackedTokens, segments: Segments, settings: BlockSettings
 ) -> Tensor:
-    """Features ``(T, D)`` after one timm block over packed tokens."""
-    size = tokens.size if settings.size_bias else None
-    block = cast(Block, block)
-    attn = cast(Attention, block.attn)
-
-    def forward(x: Tensor) -> Tensor:
-        attended = attend(attn, block.norm1(x), segments, size=size, backend=settings.backend)
-        x = x + _drop_path(block.drop_path1, block.ls1(attended), segments)
-        return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), segments)
-
-    if settings.checkpointing and torch.is_grad_enabled():
-        recomputed: Tensor = checkpoint(forward, tokens.x, use_reentrant=False)
-        return recomputed
-    return forward(tokens.x)
+    """Features ``(T, D)`` after one timm block over packed tokens, both halves."""
+    cells = tokens.size if settings.size_bias else None
+    attend = Attend(segments, cells=cells, backend=settings.backend)
+    x = settings.run(TimmBlock(block).attention, tokens.x, attend)
+    return settings.run(TimmBlock(block).mlp, x, segments)
 
 
-def attend(
-    attn: Attention, x: Tensor, segments: Segments, *, size: Tensor | None, backend: Backend
-) -> Tensor:
-    """Run timm's attention on packed rows ``(T, D)``, with its own projections and norms."""
+def attention_of(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
+    """Timm's attention on packed rows ``(T, D)``, with its own projections and norms."""
     # (T, 3, heads, d)
     qkv = attn.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(1)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if size is not None:
-        q, k, v = with_size_bias(q, k, v, size=size, scale=attn.scale)
-    out = packed_attention(q, k, v, segments=segments, scale=attn.scale, backend=backend)
-    out = out[..., : attn.head_dim].flatten(1)
+    out = attend(attn.q_norm(q), attn.k_norm(k), v, scale=attn.scale).flatten(1)
     out = attn.norm(out)
     gate = getattr(attn, "gate", None)  # older timm has none
     if gate is not None:
@@ -77,7 +109,7 @@ def attend(
 
 
 def _drop_path(drop: nn.Module, branch: Tensor, segments: Segments) -> Tensor:
-    """Stochastic depth per picture; timm's own would draw per row, that is per token."""
+    """Keep or drop a branch, picture by picture."""
     if not (isinstance(drop, DropPath) and drop.training and drop.drop_prob > 0):
         return branch
     keep = 1.0 - drop.drop_prob

@@ -9,18 +9,19 @@ counted, as in the literature.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from tokenstep.core.attention import biased_width
+from tokenstep.core.macs import linear_macs
 from tokenstep.core.partition import grid_of, token_counts
+from tokenstep.hosts.timm_block import TimmBlock
 from tokenstep.model.build import Parts
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.segmented import Segmented
 from tokenstep.policies.cnn_cost import count_macs
-from tokenstep.reducers.exits import ExitHeads
+from tokenstep.reducers.base import Turn
+from tokenstep.reducers.exits import EarlyPruning
 
 GIGA = 1e9
 
@@ -34,44 +35,13 @@ class Cost:
     blocks: float
     exits: float
     decoder: float
+    reducers: float = 0.0  # what reducers other than the exits take to decide
 
     @property
     def total(self) -> float:
         """GMAC of all stages together."""
-        return self.policy + self.embed + self.blocks + self.exits + self.decoder
-
-
-def block_macs(block: nn.Module, rows: int, *, size_bias: bool = False) -> int:
-    """Multiply-adds of a timm block over ``rows`` rows: its linear layers and attention.
-
-    The size bias widens every head by the channel that carries it, and its padding.
-    """
-    attention = cast(Any, block.attn)
-    channels = biased_width(attention.head_dim) if size_bias else attention.head_dim
-    width = int(attention.num_heads * channels)
-    return linear_macs(block) * rows + 2 * rows * rows * width
-
-
-def linear_macs(module: nn.Module) -> int:
-    """Multiply-adds of all linear layers of a module for one row."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
-def blocks_macs(blocks: Sequence[nn.Module], rows: Sequence[int], *, size_bias: bool) -> int:
-    """Multiply-adds of all blocks, of which block k saw ``rows[k]`` rows."""
-    return sum(
-        block_macs(block, count, size_bias=size_bias)
-        for block, count in zip(blocks, rows, strict=True)
-    )
-
-
-def exits_macs(exits: ExitHeads, rows: Sequence[int]) -> int:
-    """Multiply-adds of the exits, of which block k saw ``rows[k]`` rows.
-
-    The exit after block k judges all rows that ran block k, and classifies those that halt again.
-    """
-    heads = zip(exits.after, exits.heads, strict=True)
-    return sum(linear_macs(head) * (2 * rows[after - 1] - rows[after]) for after, head in heads)
+        stages = self.policy + self.embed + self.blocks + self.exits + self.decoder
+        return stages + self.reducers
 
 
 def decoder_macs(decoder: nn.Module, rows: int) -> int:
@@ -82,7 +52,9 @@ def decoder_macs(decoder: nn.Module, rows: int) -> int:
         own = linear_macs(decoder.class_project) * decoder.classes
         products = decoder.token_project.weight.shape[0] * decoder.classes * rows
         biased = decoder.settings.size_bias
-        blocks = sum(block_macs(block, joined, size_bias=biased) for block in decoder.blocks)
+        blocks = sum(
+            TimmBlock(block).macs(joined, joined, size_bias=biased) for block in decoder.blocks
+        )
         return (project + tokens) * rows + own + products + blocks
     if isinstance(decoder, LinearDecoder):
         return linear_macs(decoder) * rows
@@ -106,11 +78,30 @@ class CostCounter:
 
     def of(self, segmented: Segmented, index: int) -> Cost:
         """Compute of picture ``index`` of a batch, from the rows that each block really saw."""
-        rows = [rows[index] for rows in segmented.live]
-        size, halted = segmented.sizes[index], segmented.tokens.halted is not None
+        trace = segmented.trace
+        halves = zip(trace.attention, trace.mlp, strict=True)
         total = self._of_rows(
-            size, rows, segmented.end(index), scored=segmented.scored, exits=halted
+            segmented.sizes[index],
+            [(before[index], left[index]) for before, left in halves],
+            segmented.end(index),
+            scored=segmented.scored,
         )
+        exits = reducers = 0
+        for asked in trace.asked:
+            macs = asked.reducer.macs(
+                Turn(
+                    asked.block,
+                    asked.before[index],
+                    asked.after[index],
+                    dim=self.parts.encoder.dim,
+                    heads=self.parts.encoder.heads,
+                )
+            )
+            if isinstance(asked.reducer, EarlyPruning):
+                exits += macs
+            else:
+                reducers += macs
+        total = replace(total, exits=exits / GIGA, reducers=reducers / GIGA)
         sub_patches = self.parts.tokenise.sub_patches
         if sub_patches is None:
             return total
@@ -121,25 +112,31 @@ class CostCounter:
         return replace(total, embed=total.embed + aside / GIGA)
 
     def dense(self, size: tuple[int, int]) -> Cost:
-        """Compute of a picture of ``size`` (h, w) without scores, merging and exits."""
+        """Compute of a picture of ``size`` (h, w) without scores and reducers."""
         tokenise, blocks = self.parts.tokenise, self.parts.encoder.blocks
         height, width = grid_of(size, tokenise.patch)
         rows = height * width + tokenise.prefix_count
-        return self._of_rows(size, [rows] * len(blocks), rows, scored=False, exits=False)
+        return self._of_rows(size, [(rows, rows)] * len(blocks), rows, scored=False)
 
     def _of_rows(
-        self, size: tuple[int, int], rows: Sequence[int], end: int, *, scored: bool, exits: bool
+        self, size: tuple[int, int], rows: Sequence[tuple[int, int]], end: int, *, scored: bool
     ) -> Cost:
-        """Compute of a picture of which block k saw ``rows[k]`` rows and the decoder ``end``."""
+        """Compute of a picture but for its reducers.
+
+        ``rows`` are those that each block's attention and MLP saw, ``end`` those of the decoder.
+        """
         parts, context = self.parts, self.parts.tokenise.context
         seen = scored or context is not None
         embed = self._embed_macs + (0 if context is None else linear_macs(context))
-        blocks = list(parts.encoder.blocks)
+        blocks = sum(
+            TimmBlock(block).macs(*counts, size_bias=self.size_bias)
+            for block, counts in zip(parts.encoder.blocks, rows, strict=True)
+        )
         return Cost(
             policy=(parts.policy.macs(size, scores=scored) if seen else 0) / GIGA,
-            embed=embed * (rows[0] - parts.tokenise.prefix_count) / GIGA,
-            blocks=blocks_macs(blocks, rows, size_bias=self.size_bias) / GIGA,
-            exits=(exits_macs(parts.exits, rows) if exits else 0) / GIGA,
+            embed=embed * (rows[0][0] - parts.tokenise.prefix_count) / GIGA,
+            blocks=blocks / GIGA,
+            exits=0.0,
             decoder=decoder_macs(parts.decoder, end) / GIGA,
         )
 

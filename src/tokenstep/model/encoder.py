@@ -1,13 +1,36 @@
 """Stage 3 of 6: PackedTokens -> PackedTokens through a ViT's blocks, reducers in between."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from tokenstep.core.attention import Attend, Attended
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.timm_block import BlockSettings, PlainViT, require_supported, run_block
-from tokenstep.reducers.base import Reducer, apply
+from tokenstep.hosts.timm_block import BlockSettings, PlainViT, TimmBlock, require_supported
+from tokenstep.reducers.base import Reducer, apply, staying
+
+Rows = tuple[int, ...]  # of each picture
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One asking of a reducer: in which block, and the rows of each picture before and after."""
+
+    reducer: Reducer
+    block: int
+    before: Rows
+    after: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The rows of each picture, prefix rows too, wherever they may change in number."""
+
+    attention: list[Rows] = field(default_factory=list)  # that entered each block
+    mlp: list[Rows] = field(default_factory=list)  # that entered its MLP
+    asked: list[Asked] = field(default_factory=list)
 
 
 class Encoder(nn.Module):
@@ -23,23 +46,49 @@ class Encoder(nn.Module):
         self.blocks = vit.blocks
         self.norm = vit.norm
         self.dim = int(vit.embed_dim)
+        self.heads = TimmBlock(vit.blocks[0]).heads
         self.settings = settings
 
     def forward(
         self, tokens: PackedTokens, reducers: Sequence[Reducer] = ()
-    ) -> tuple[PackedTokens, list[tuple[int, ...]]]:
-        """Run all blocks; also return the rows of each picture that entered each block.
+    ) -> tuple[PackedTokens, Trace]:
+        """Run all blocks; also return how many rows went where.
 
-        After a block every reducer is asked in turn; the final norm is applied to what is left.
+        In each block every reducer is asked in turn, at its own site. What was dropped rejoins at
+        the end, and the final norm is applied to all that is left.
         """
+        trace, settings = Trace(), self.settings
+        between = [reducer for reducer in reducers if reducer.site == "attention"]
+        behind = [reducer for reducer in reducers if reducer.site == "block"]
         segments = Segments.of(tokens.offsets)
-        live: list[tuple[int, ...]] = []
-        for blocks_run, block in enumerate(self.blocks, start=1):
-            live.append(segments.lengths)
-            tokens = tokens.with_features(run_block(block, tokens, segments, self.settings))
-            for reducer in reducers:
-                decision = reducer(tokens, blocks_run)
-                if decision is not None:
-                    tokens = apply(decision, tokens, blocks_run)
-                    segments = Segments.of(tokens.offsets)
-        return tokens.with_features(self.norm(tokens.x)), live
+        for block in map(TimmBlock, self.blocks):
+            trace.attention.append(segments.lengths)
+            cells = tokens.size if settings.size_bias else None
+            attend = Attend(segments, cells=cells, backend=settings.backend, keep=bool(between))
+            tokens = tokens.with_features(settings.run(block.attention, tokens.x, attend))
+            tokens, segments = _reduced(tokens, segments, between, trace, attend.seen)
+            trace.mlp.append(segments.lengths)
+            tokens = tokens.with_features(settings.run(block.mlp, tokens.x, segments))
+            tokens, segments = _reduced(tokens, segments, behind, trace)
+        tokens = tokens.rejoined()
+        return tokens.with_features(self.norm(tokens.x)), trace
+
+
+def _reduced(
+    tokens: PackedTokens,
+    segments: Segments,
+    reducers: Sequence[Reducer],
+    trace: Trace,
+    seen: Attended | None = None,
+) -> tuple[PackedTokens, Segments]:
+    """Ask reducers in turn, in the block that ``trace`` is at; each sees what the last left."""
+    block = len(trace.attention)
+    for reducer in reducers:
+        decision = reducer(tokens, block, seen)
+        if decision is None:
+            continue
+        before, tokens = segments.lengths, apply(decision, tokens, block)
+        segments = Segments.of(tokens.offsets)
+        trace.asked.append(Asked(reducer, block, before, segments.lengths))
+        seen = None if seen is None else seen.of_rows(staying(decision), segments)
+    return tokens, segments

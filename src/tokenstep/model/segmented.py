@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenstep.core.partition import Grid, grid_of
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import layer_of_cells
+from tokenstep.model.encoder import Rows, Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +21,7 @@ class Segmented:
     tokens: PackedTokens  # after the last block
     logits: Tensor  # (T, S, C) of the live rows; halted ones keep theirs in tokens.halted
     partition: Tensor  # (B, H, W) int8: the cell lies in a superpatch of side 2 ** level
-    live: tuple[tuple[int, ...], ...]  # rows of each picture that entered each block
+    trace: Trace  # rows of each picture in each block, and where reducers were asked
     sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
     patch: int  # pixels a side
     prefix: int  # CLS and register rows of each picture
@@ -30,8 +31,13 @@ class Segmented:
         """Patch grid (H, W) of picture ``index``."""
         return grid_of(self.sizes[index], self.patch)
 
+    @property
+    def live(self) -> tuple[Rows, ...]:
+        """Rows of each picture that entered each block, prefix rows too."""
+        return tuple(self.trace.attention)
+
     def end(self, index: int) -> int:
-        """Rows of picture ``index`` that were live after the last block, prefix rows too."""
+        """Rows of picture ``index`` that the decoder sees: live or dropped, prefix rows too."""
         return int(self.tokens.offsets.diff()[index])
 
 
@@ -41,7 +47,7 @@ class TokenUse:
 
     grid: int  # patches of the picture: the tokens of the dense model
     start: int  # tokens that entered the first block
-    end: int  # tokens that were live after the last block
+    end: int  # tokens that were live after the last block: not halted, not dropped
     halted: dict[int, int]  # blocks run -> tokens that halted there, one entry per exit
     level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
     layer: NDArray[np.int16]  # (H, W): blocks that ran for the cell's token
@@ -71,10 +77,14 @@ def _token_use(segmented: Segmented, layers: Tensor, index: int, exits: Sequence
         own = tokens.halted.anchor // tokens.owner[0].numel() == index
         counts = torch.bincount(tokens.halted.layer[own], minlength=depth).tolist()
         halted = {after: counts[after] for after in exits}
+    dropped = 0
+    if tokens.dropped is not None:
+        own = tokens.dropped.anchor // tokens.owner[0].numel() == index
+        dropped = int(own.sum())
     return TokenUse(
         grid=height * width,
         start=segmented.live[0][index] - segmented.prefix,
-        end=segmented.end(index) - segmented.prefix,
+        end=segmented.end(index) - segmented.prefix - dropped,
         halted=halted,
         level=segmented.partition[index, :height, :width].cpu().numpy(),
         layer=layers[index, :height, :width].to(torch.int16).cpu().numpy(),

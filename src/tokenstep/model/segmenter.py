@@ -104,12 +104,12 @@ class Segmenter(
         tokens = self.tokenise(
             normal, partition, features_on_grids(self.policy, seen) if context else None
         )
-        tokens, live = self.encoder(tokens, [*reducers, *self.pruning(thresholds)])
+        tokens, trace = self.encoder(tokens, [*reducers, *self.pruning(thresholds)])
         return Segmented(
             tokens=tokens,
             logits=self.decoder(tokens),
             partition=partition,
-            live=tuple(live),
+            trace=trace,
             sizes=tuple((picture.shape[-2], picture.shape[-1]) for picture in normal),
             patch=self.patch,
             prefix=self.tokenise.prefix_count,

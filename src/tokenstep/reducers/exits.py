@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenstep.core import ragged
+from tokenstep.core.attention import Attended
+from tokenstep.core.macs import linear_macs
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.reducers.base import Halt
+from tokenstep.reducers.base import Halt, Site, Turn
 
 BAND_ROWS = 2048  # rows classified at a time: 19 MiB of fp32 logits with 16 x 150 of them a row
 
@@ -55,6 +57,8 @@ class EarlyPruning:
     (one per exit, or none) make the confidence honest.
     """
 
+    site: Site = "block"
+
     def __init__(
         self,
         exits: ExitHeads,
@@ -73,11 +77,13 @@ class EarlyPruning:
         self.spare = spare
         self.temperatures = tuple(temperatures) or (1.0,) * len(self.thresholds)
 
-    def __call__(self, tokens: PackedTokens, blocks_run: int) -> Halt | None:
-        """Halt what is sure after ``blocks_run`` blocks, if there is an exit."""
-        if blocks_run not in self.exits.after:
+    def __call__(
+        self, tokens: PackedTokens, block: int, seen: Attended | None = None
+    ) -> Halt | None:
+        """Halt what is sure after a block, if there is an exit."""
+        if block not in self.exits.after:
             return None
-        index = self.exits.after.index(blocks_run)
+        index = self.exits.after.index(block)
         confidence, predicted = self.judged(tokens.x, index)
         # "not below" rather than "above": NaN halts, so that it is found in the final logits.
         passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
@@ -97,6 +103,11 @@ class EarlyPruning:
         ]
         confidence, predicted = zip(*found, strict=True)
         return torch.cat(confidence), torch.cat(predicted)
+
+    def macs(self, turn: Turn) -> int:
+        """The exit judges all rows, and classifies those that halt again."""
+        head = self.exits.heads[self.exits.after.index(turn.block)]
+        return linear_macs(head) * (2 * turn.before - turn.after)
 
     def spared(
         self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, passed: Tensor
@@ -122,12 +133,18 @@ def confidence_of(logits: Tensor) -> tuple[Tensor, Tensor]:
 class DeepSupervision:
     """A reducer that halts nothing and keeps each exit's logits, for training with all heads."""
 
+    site: Site = "block"
+
     def __init__(self, exits: ExitHeads) -> None:
         self.exits = exits
         self.seen: list[tuple[PackedTokens, Tensor]] = []
 
-    def __call__(self, tokens: PackedTokens, blocks_run: int) -> None:
-        """Record the tokens and logits of the exit after ``blocks_run`` blocks, if there is one."""
-        if blocks_run in self.exits.after:
-            index = self.exits.after.index(blocks_run)
+    def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> None:
+        """Record the tokens and logits of the exit after a block, if there is one."""
+        if block in self.exits.after:
+            index = self.exits.after.index(block)
             self.seen.append((tokens, self.exits(tokens.x, index)))
+
+    def macs(self, turn: Turn) -> int:
+        """Looking on is no part of the model's compute."""
+        return 0

@@ -1,0 +1,150 @@
+"""What each method from elsewhere takes away, against a naive reading of its paper."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyModel
+from support import cell_logits, grid_tokens, scramble
+
+from tokenstep.config import DENSE
+from tokenstep.core import partition
+from tokenstep.core.attention import Attended
+from tokenstep.core.ragged import Segments
+from tokenstep.core.tokens import PackedTokens
+from tokenstep.errors import TokenstepError
+from tokenstep.reducers.base import Drop, Merge
+from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.random_drop import RandomDrop
+from tokenstep.reducers.tome import ToMe
+
+GRIDS = [(3, 4), (2, 3), (1, 1)]
+
+
+def seen_of(tokens: PackedTokens, heads: int = 2, width: int = 4) -> Attended:
+    torch.manual_seed(5)
+    q, k = torch.randn(2, len(tokens.x), heads, width)
+    return Attended(Segments.of(tokens.offsets), None, q, k, scale=0.5)
+
+
+def own_rows(tokens: PackedTokens) -> list[range]:
+    return list(itertools.starmap(range, itertools.pairwise(tokens.offsets.tolist())))
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_received_is_the_mean_of_the_softmax(weighed: bool) -> None:
+    tokens = grid_tokens(GRIDS, prefix=2)
+    seen = seen_of(tokens)
+    cells = torch.randint(1, 9, (len(tokens.x),)) if weighed else None
+    seen = Attended(seen.segments, cells, seen.q, seen.k, seen.scale)
+    asking = torch.rand(len(tokens.x)) < 0.5
+    asking[tokens.offsets[2] :] = False  # nobody asks in the last picture
+    got = seen.received(asking)
+    expected = torch.zeros(len(tokens.x))
+    for rows in own_rows(tokens):
+        askers = [row for row in rows if asking[row]]
+        for row in askers:
+            for head in range(2):
+                logits = torch.stack([seen.q[row, head] @ seen.k[key, head] for key in rows]) * 0.5
+                if cells is not None:
+                    logits = logits + cells[rows.start : rows.stop].float().log()
+                expected[rows.start : rows.stop] += logits.softmax(0) / len(askers) / 2
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("reducer", [ToMe(r=2), ToMe(share=0.25), ToMe(r=100)], ids=str)
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_tome_merges_the_likest_pairs_of_two_halves(reducer: ToMe, prefix: int) -> None:
+    tokens = grid_tokens(GRIDS, prefix=prefix)
+    seen = seen_of(tokens)
+    decision = reducer(tokens, 1, seen)
+    assert isinstance(decision, Merge) and decision.weight is None
+    keys = F.normalize(seen.k.mean(1), dim=1)
+    for rows, (height, width) in zip(own_rows(tokens), GRIDS, strict=True):
+        expected = {row: row for row in rows}
+        edges = []
+        for row in rows[::2]:
+            likest = [
+                (float(keys[row] @ keys[other]), other)
+                for other in rows[1::2]
+                if tokens.anchor[other] >= 0 and tokens.anchor[row] >= 0
+            ]
+            edges += [(*max(likest), row)] if likest else []
+        for _, other, row in sorted(edges, reverse=True)[: reducer.count(height * width)]:
+            expected[row] = other
+        assert decision.into[rows.start : rows.stop].tolist() == list(expected.values())
+
+
+def test_tome_takes_a_share_or_a_number() -> None:
+    for wrong in ({}, {"share": 0.1, "r": 3}, {"share": 0.6}, {"r": -1}):
+        with pytest.raises(TokenstepError, match="tome"):
+            ToMe(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_evit_parts_with_what_gets_the_least_attention(prefix: int, fuse: bool) -> None:
+    tokens = grid_tokens(GRIDS, prefix=prefix)
+    seen = seen_of(tokens)
+    reducer = EViT(keep=0.6, blocks=(2,), fuse=fuse)
+    assert reducer(tokens, 1, seen) is None
+    decision = reducer(tokens, 2, seen)
+    asking = torch.zeros(len(tokens.x), dtype=torch.bool)
+    asking[tokens.offsets[:-1]] = True
+    attention = seen.received(asking if prefix else torch.ones_like(asking))
+    for rows, (height, width) in zip(own_rows(tokens), GRIDS, strict=True):
+        cells = sorted(rows[prefix:], key=lambda row: -float(attention[row]))
+        leave = cells[reducer.kept(height * width) :]
+        if isinstance(decision, Drop):
+            assert [row for row in rows if decision.gone[row]] == sorted(leave)
+            continue
+        assert isinstance(decision, Merge) and decision.weight is not None
+        for row in rows:
+            assert decision.into[row] == (leave[0] if row in leave else row)
+    assert isinstance(decision, Merge if fuse else Drop)
+    if isinstance(decision, Merge):
+        torch.testing.assert_close(decision.weight, attention)
+
+
+def test_random_drop_takes_its_share_in_its_blocks_and_never_the_prefix() -> None:
+    tokens = grid_tokens(GRIDS, prefix=1)
+    assert RandomDrop(0.5, blocks=(2,))(tokens, 1, None) is None
+    one, other = RandomDrop(0.5, seed=1)(tokens, 1, None), RandomDrop(0.5, seed=2)(tokens, 1, None)
+    assert one is not None and other is not None
+    assert torch.bincount(tokens.picture()[one.gone], minlength=3).tolist() == [6, 3, 0]
+    assert not (one.gone & tokens.is_prefix).any()
+    assert not torch.equal(one.gone, other.gone)
+
+
+@pytest.mark.parametrize("size_bias", [True, False])
+def test_tome_on_equal_tokens_is_lossless_with_the_size_bias(
+    tiny_model: TinyModel, size_bias: bool
+) -> None:
+    model = tiny_model(size_bias=size_bias)
+    scramble(model)
+    model.tokenise.pos_embed.data.zero_()
+    # Two columns of one colour each: only equal tokens are alike.
+    picture = torch.rand(3, 1, 2, 1).expand(3, 32, 2, 24).reshape(3, 32, 48)
+    with torch.no_grad():
+        merged = model([picture], thresholds=DENSE, reducers=[ToMe(r=4)])
+        dense = model([picture], thresholds=DENSE)
+    assert len(merged.tokens.x) < len(dense.tokens.x)
+    one, other = (cell_logits(out, 0, (4, 6)) for out in (merged, dense))
+    assert torch.allclose(one, other, atol=1e-4) == size_bias
+
+
+def test_what_is_dropped_goes_through_the_decoder_with_what_it_had(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    scramble(model)
+    picture = torch.rand(3, 32, 48)
+    with torch.no_grad():
+        out = model([picture], thresholds=DENSE, reducers=[RandomDrop(0.5, blocks=(1,))])
+        tokens = model.tokenise(model.normalise([picture]), partition.uniform([(4, 6)]))
+        left = model.encoder.blocks[0](tokens.x[None])[0]  # timm's own first block
+        waited = model.decoder(out.tokens.with_features(model.encoder.norm(left)))
+    dropped = out.tokens.dropped
+    assert dropped is not None and len(dropped.anchor) == 12
+    rows = [int((tokens.anchor == cell).nonzero()) for cell in dropped.anchor]
+    places = [int((out.tokens.anchor == cell).nonzero()) for cell in dropped.anchor]
+    torch.testing.assert_close(out.logits[places], waited[rows], atol=1e-4, rtol=1e-4)
