@@ -14,10 +14,12 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Names,
+    Reducers,
     Threads,
     choose,
     load_model,
     numbers,
+    reducers_of,
 )
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import PARTITION_SOURCES, Search
@@ -42,6 +44,7 @@ def evaluate_command(
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
+    reducer: Reducers = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
     ] = None,
@@ -65,12 +68,15 @@ def evaluate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    method = Method(thresholds, source, tolerance)
+    if reducer and exits is not None:
+        raise TokenstepError("--reducer: replaces the exits; leave out --exits")
+    thresholds, reducers = reducers_of(reducer, thresholds)
+    method = Method(thresholds, source, tolerance, reducers=reducers)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         measured = evaluate(network, folder, method, on_picture=lambda: progress.advance(task))
     head = {"model": model, "data": data.resolve().name, "split": split}
-    report = {**head, **measured, "point": point and point.report()}
+    report = {**head, **measured, "point": None if reducers or point is None else point.report()}
     if printed:
         print(as_json(report))
         return

@@ -12,6 +12,7 @@ from tokenstep.errors import TokenstepError
 if TYPE_CHECKING:
     from tokenstep.data.scaling import MaxSide
     from tokenstep.model.segmenter import Segmenter
+    from tokenstep.reducers.base import Reducer
 
 Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
 ModelName = Annotated[
@@ -25,6 +26,13 @@ Merge = Annotated[
 ]
 Exits = Annotated[
     str | None, typer.Option(help="Exit thresholds, one per exit, as 0.95,0.9; 'off'.")
+]
+Reducers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reducer",
+        help="In place of the model's exits, as tome:share=0.1 or evit:keep=0.7; may be repeated.",
+    ),
 ]
 Names = Annotated[
     list[str] | None, typer.Option(help="Patterns of picture names; '!' before one excludes.")
@@ -155,3 +163,20 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise TokenstepError(f"{option} {text}: give {wanted}") from error
+
+
+def reducers_of(
+    texts: list[str] | None, thresholds: Thresholds
+) -> "tuple[Thresholds, tuple[Reducer, ...]]":
+    """What ``--reducer`` asks for: the thresholds without exits, and the reducers in order.
+
+    Merging by the policy stays.
+    """
+    if not texts:
+        return thresholds, ()
+    from tokenstep.reducers.named import reducer_of
+
+    try:
+        return thresholds.without_exits(), tuple(map(reducer_of, texts))
+    except TokenstepError as fault:
+        raise TokenstepError(f"--{fault}") from fault

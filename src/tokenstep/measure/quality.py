@@ -18,6 +18,7 @@ from tokenstep.measure.metrics import Tally
 from tokenstep.measure.settings import PartitionSource
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.reducers.base import Reducer
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Method:
     labels, and a superpatch may hold the share ``tolerance`` of other classes. ``random`` moves
     the superpatches of the policy's partition to random places, drawn from ``seed``.
 
-    The sides of a picture are multiplied by ``scale``. The label map is scaled back.
+    The sides of a picture are multiplied by ``scale``. The label map is scaled back. ``reducers``
+    run beside what the thresholds turn on.
 
     Raises:
         TokenstepError: an oracle with another scale than 1.
@@ -39,6 +41,7 @@ class Method:
     tolerance: float = 0.0
     seed: int = 0
     scale: float = 1.0
+    reducers: tuple[Reducer, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scale != 1 and self.partition == "oracle":
@@ -95,17 +98,22 @@ def segment_with(
 
     ``label (h, w)`` is the truth; only an oracle reads it. ``generator`` draws a random partition.
     """
+    read = image
     if method.scale != 1:
         size = [max(1, round(side * method.scale)) for side in label.shape]
-        small = tvf.resize(image, size, antialias=True)
-        partition = _partition(model, small, label, method=method, generator=generator)
-        result = model.segment_batch([small], thresholds=method.thresholds, partition=partition)[0]
-        labels = torch.from_numpy(result.labels)[None]
-        nearest = InterpolationMode.NEAREST_EXACT
-        full = tvf.resize(labels, list(label.shape), interpolation=nearest)[0]
-        return replace(result, labels=full.numpy())
-    partition = _partition(model, image, label, method=method, generator=generator)
-    return model.segment_batch([image], thresholds=method.thresholds, partition=partition)[0]
+        read = tvf.resize(image, size, antialias=True)
+    (result,) = model.segment_batch(
+        [read],
+        thresholds=method.thresholds,
+        partition=_partition(model, read, label, method=method, generator=generator),
+        reducers=method.reducers,
+    )
+    if method.scale == 1:
+        return result
+    labels = torch.from_numpy(result.labels)[None]
+    nearest = InterpolationMode.NEAREST_EXACT
+    full = tvf.resize(labels, list(label.shape), interpolation=nearest)[0]
+    return replace(result, labels=full.numpy())
 
 
 def _partition(

@@ -1,0 +1,52 @@
+"""Reducers by their names: what is written is what is read."""
+
+import pytest
+
+from tokenstep.errors import TokenstepError
+from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.exits import DeepSupervision, ExitHeads
+from tokenstep.reducers.named import REDUCERS, reducer_of, text_of
+from tokenstep.reducers.random_drop import RandomDrop
+from tokenstep.reducers.tome import ToMe
+
+
+@pytest.mark.parametrize(
+    ("text", "reducer"),
+    [
+        ("tome:share=0.1", ToMe(share=0.1)),
+        ("tome:r=13", ToMe(r=13)),
+        ("evit", EViT()),
+        ("evit:keep=0.5,blocks=[2,4],fuse=false", EViT(0.5, (2, 4), fuse=False)),
+        ("random:share=0.3,seed=4", RandomDrop(0.3, seed=4)),
+    ],
+)
+def test_a_text_names_a_reducer_and_back(text: str, reducer: Reducer) -> None:
+    assert reducer_of(text) == reducer
+    assert text_of(reducer) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tom", "choose from tome, evit, random"),
+        ("tome:share", "KEY=VALUE"),
+        ("tome:shares=0.1", "shares"),
+        ("tome:share=0.9", "0 to 0.5"),
+        ("tome", "share"),
+        ("evit:keep='much'", "keep"),
+        ("evit:blocks=[0]", "blocks"),
+        ("random:share=1.0", "share"),
+    ],
+)
+def test_a_wrong_text_is_one_line_that_says_what_to_give(text: str, said: str) -> None:
+    with pytest.raises(TokenstepError, match=said) as caught:
+        reducer_of(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_name_is_a_frozen_dataclass() -> None:
+    for kind in REDUCERS.values():
+        assert kind.__dataclass_params__.frozen
+    with pytest.raises(ValueError, match="no name"):
+        text_of(DeepSupervision(ExitHeads((1,), 4, 2, 1)))
