@@ -128,12 +128,32 @@ def test_compare_writes_a_table_and_a_figure(saved: Path, tmp_path: Path) -> Non
     data = labelled_folder(tmp_path / "set", CLASSES, [(40, 56), (17, 90)])
     out = tmp_path / "compared"
     options = ["--model", saved, "--data", data, "--also", saved, "--out", out]
+    options += ["--reducer", "tome:share=0.1", "--reducer", "random:share=0.2"]
     code, stdout, err = call("compare", *options)
     assert (code, err) == (0, "")
     assert (out / "compare.md").read_text() == stdout
     report = json.loads((out / "compare.json").read_text())
     methods = [row["method"] for row in report["rows"]]
     assert methods[0] == "dense" and methods[-1] == f"{saved}, dense" and "STEP" in methods
+    assert methods[-2] == "tome:share=0.1 random:share=0.2", "both in one row, in order"
     assert report["images"] == 2 and report["split"] == "test"
     with Image.open(out / "compare.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_a_reducer_stands_in_the_place_of_the_exits(saved: Path, data: Path) -> None:
+    options = ["--model", saved, "--data", data, "--split", "test", "--json", "-"]
+    reports = []
+    for extra in ([], ["--exits", "off"], ["--reducer", "tome:share=0.3"]):
+        code, stdout, err = call("evaluate", *options, *extra)
+        assert (code, err) == (0, "")
+        reports.append(json.loads(stdout))
+    _, merging, tome = reports
+    assert tome["settings"]["reducers"] == ["tome:share=0.3"] and tome["settings"]["exits"] == []
+    assert tome["settings"]["merge"] == merging["settings"]["merge"]
+    assert tome["reduced"]["tokens"]["start"] == merging["reduced"]["tokens"]["start"]
+    assert tome["reduced"]["gmac"]["total"] < merging["reduced"]["gmac"]["total"]
+    assert tome["point"] is None
+    both = ["--reducer", "tome:share=0.3", "--exits", "off"]
+    assert "leave out --exits" in refused("evaluate", *options, *both)
+    assert "--reducer tom: choose from" in refused("evaluate", *options, "--reducer", "tom")

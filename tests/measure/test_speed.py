@@ -29,6 +29,7 @@ from tokenstep.measure.speed import (
     with_backbone,
 )
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.reducers.tome import ToMe
 
 
 @pytest.fixture
@@ -217,3 +218,12 @@ def test_large_figures_stay_whole_in_80_columns() -> None:
     printed = console.export_text()
     for figure in ("318256", "327001", "0.00314", "10117", "1186", "12.03", "13.15", "0.91"):
         assert f" {figure} " in printed, printed
+
+
+def test_other_reducers_are_timed_in_the_place_of_step(
+    model: Segmenter, photos: list[Path]
+) -> None:
+    rows = bench(model, photos, Case((48, 64), 1), DENSE, reducers=[ToMe(share=0.3)], seconds=0.0)
+    dense, tome = rows[:2]
+    assert tome["method"] == "tome:share=0.3"
+    assert tome["gmac"] < dense["gmac"]

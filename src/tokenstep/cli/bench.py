@@ -15,9 +15,11 @@ from tokenstep.cli.options import (
     MaxLoss,
     Merge,
     ModelName,
+    Reducers,
     Threads,
     choose,
     load_model,
+    reducers_of,
 )
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import CPU_ONLY, RUNTIME_PACKAGES
@@ -59,6 +61,7 @@ def bench_command(
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
+    reducer: Reducers = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
     precision: Annotated[
         Precision, typer.Option(help="16 bits are by autocast.", case_sensitive=False)
@@ -104,11 +107,22 @@ def bench_command(
             thresholds.without_exits(),
             None,
         )
+    thresholds, reducers = reducers_of(reducer, thresholds, exits)
+    if reducers:
+        point = None
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
             with torch.autocast(place.type, _dtype(precision), precision is not Precision.FP32):
-                rows += bench(network, paths, case, thresholds, runtimes=runtimes, seconds=seconds)
+                rows += bench(
+                    network,
+                    paths,
+                    case,
+                    thresholds,
+                    reducers=reducers,
+                    runtimes=runtimes,
+                    seconds=seconds,
+                )
     grown = growth(rows)
     weight: torch.Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
     report = {
@@ -117,7 +131,7 @@ def bench_command(
         "model": model,
         "backbone": backbone,
         "precision": precision.value,
-        "settings": asdict(thresholds),
+        "settings": asdict(thresholds) | {"reducers": reducer or []},
         "point": point and point.report(),
         "pictures": len(paths),
         "growth": grown,

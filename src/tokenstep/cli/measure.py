@@ -68,9 +68,7 @@ def evaluate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    if reducer and exits is not None:
-        raise TokenstepError("--reducer: replaces the exits; leave out --exits")
-    thresholds, reducers = reducers_of(reducer, thresholds)
+    thresholds, reducers = reducers_of(reducer, thresholds, exits)
     method = Method(thresholds, source, tolerance, reducers=reducers)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
@@ -157,6 +155,7 @@ def compare_command(
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
+    reducer: Reducers = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -172,13 +171,19 @@ def compare_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    _, reducers = reducers_of(reducer, thresholds)
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]
     with progress_bar() as progress:
         task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
         rows = compare(
-            network, folder, thresholds, others=others, on_picture=lambda: progress.advance(task)
+            network,
+            folder,
+            thresholds,
+            reducers=reducers,
+            others=others,
+            on_picture=lambda: progress.advance(task),
         )
     head = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
     write_text(out / "compare.json", as_json({**head, "warnings": warnings, "rows": rows}) + "\n")

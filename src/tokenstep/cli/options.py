@@ -166,14 +166,19 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
 
 
 def reducers_of(
-    texts: list[str] | None, thresholds: Thresholds
+    texts: list[str] | None, thresholds: Thresholds, exits: str | None = None
 ) -> "tuple[Thresholds, tuple[Reducer, ...]]":
     """What ``--reducer`` asks for: the thresholds without exits, and the reducers in order.
 
-    Merging by the policy stays.
+    Merging by the policy stays. ``exits`` is what ``--exits`` says beside it.
+
+    Raises:
+        TokenstepError: there is no such reducer, or exits are asked for too.
     """
     if not texts:
         return thresholds, ()
+    if exits is not None:
+        raise TokenstepError("--reducer: stands in the place of the exits; leave out --exits")
     from tokenstep.reducers.named import reducer_of
 
     try:

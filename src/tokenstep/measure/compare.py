@@ -11,6 +11,8 @@ from tokenstep.core import partition
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.named import REDUCERS, text_of
 
 SCALES = (0.75, 0.5)  # of the picture's sides: what a user would try first
 
@@ -20,11 +22,13 @@ def compare(
     folder: LabelledFolder,
     thresholds: Thresholds,
     *,
+    reducers: tuple[Reducer, ...] = (),
     others: Sequence[tuple[str, Segmenter]] = (),
     on_picture: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Measure each method of :func:`methods_of`, and ``others`` dense; give one row for each.
 
+    ``reducers`` have a row of their own, in which they stand in the place of the exits.
     ``others`` run after all methods of ``model``. ``time_ratio`` is the dense model's time over
     that of the row, both measured in this run; ``compute_ratio`` is the same of GMAC.
 
@@ -33,6 +37,9 @@ def compare(
             pixel has a label.
     """
     methods = methods_of(model, folder, thresholds)
+    if reducers:
+        name = " ".join(map(text_of, reducers))
+        methods[name] = Method(thresholds.without_exits(), reducers=reducers)
     reports = measure(model, folder, list(methods.values()), on_picture=on_picture)
     rows = [{"method": name, **report} for name, report in zip(methods, reports, strict=True)]
     for name, other in others:
@@ -171,6 +178,7 @@ KINDS = (
     ("merging alone", "#009e73", "v"),
     ("exits alone", "#cc79a7", "D"),
     ("STEP", "#0072b2", "o"),
+    ("other reducers", "#f0e442", "P"),
     ("other models", "#d55e00", "x"),
 )
 
@@ -186,4 +194,6 @@ def kind_of(row: dict[str, Any]) -> str:
         return "merging alone"
     if method.endswith("partition"):
         return "other partitions"
-    return "STEP" if method.startswith("STEP") else "other models"
+    if method.startswith("STEP"):
+        return "STEP"
+    return "other reducers" if method.partition(":")[0] in REDUCERS else "other models"

@@ -25,6 +25,8 @@ from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.named import text_of
 from tokenstep.runtimes.dense import MakeRuntime, Runtime
 
 SCOPES = ("model", "end_to_end")
@@ -52,14 +54,15 @@ def bench(
     case: Case,
     thresholds: Thresholds,
     *,
+    reducers: Sequence[Reducer] = (),
     runtimes: Mapping[str, MakeRuntime] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
     """Time each method in each scope and give one row for each, dense first.
 
-    The methods are those of :func:`methods_of` and the dense model in each of ``runtimes``. They
-    take turns for ``seconds`` each, or for one round. Pictures are cut to the shape of the case
-    and scaled down, never up.
+    The methods are those of :func:`methods_of`, of which STEP's may have other ``reducers``, and
+    the dense model in each of ``runtimes``. They take turns for ``seconds`` each, or for one
+    round. Pictures are cut to the shape of the case and scaled down, never up.
 
     The scope "model" begins with uint8 pictures in memory and "end_to_end" with files. Both end
     with label maps in memory. ``speedup`` and ``compute_ratio`` are against the dense row of the
@@ -72,7 +75,7 @@ def bench(
     """
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
-    methods = methods_of(model, case, thresholds)
+    methods = methods_of(model, case, thresholds, reducers)
     measured = tuple(methods)
     for name, make in runtimes.items():
         methods[name] = _in_runtime(make(model, case.size, case.batch), device)
@@ -121,13 +124,20 @@ def relative_to(dense: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def methods_of(model: Segmenter, case: Case, thresholds: Thresholds) -> dict[str, SegmentBatch]:
-    """Every method of ``model`` itself for a case, by its name; dense is the first."""
-    half = [max(1, side // 2) for side in case.size]
+def methods_of(
+    model: Segmenter, case: Case, thresholds: Thresholds, reducers: Sequence[Reducer] = ()
+) -> dict[str, SegmentBatch]:
+    """Every method of ``model`` itself for a case, by its name; dense is the first.
 
-    def at(thresholds: Thresholds) -> SegmentBatch:
+    The one at ``thresholds`` is called STEP, or by the names of its ``reducers``.
+    """
+    half = [max(1, side // 2) for side in case.size]
+    name = " ".join(map(text_of, reducers)) or "STEP"
+
+    def at(thresholds: Thresholds, reducers: Sequence[Reducer] = ()) -> SegmentBatch:
         def segment(pictures: Sequence[Tensor]) -> BatchCost:
-            return _cost_of(model.segment_batch(pictures, thresholds=thresholds))
+            results = model.segment_batch(pictures, thresholds=thresholds, reducers=reducers)
+            return _cost_of(results)
 
         return segment
 
@@ -144,7 +154,7 @@ def methods_of(model: Segmenter, case: Case, thresholds: Thresholds) -> dict[str
         cost = _cost_of(results)
         return replace(cost, stages={"scale": scaling} | cost.stages)
 
-    return {"dense": at(DENSE), "STEP": at(thresholds), "dense at 0.5 x the sides": at_half}
+    return {"dense": at(DENSE), name: at(thresholds, reducers), "dense at 0.5 x the sides": at_half}
 
 
 def _in_runtime(runtime: Runtime, device: torch.device) -> SegmentBatch:
