@@ -91,8 +91,9 @@ def test_a_phase_ends_with_the_average_of_its_steps(
     wanted = ends(0.0, 1)  # the first step begins the average
     for steps in (2, 3):
         step = ends(0.0, steps)
-        wanted = {name: wanted[name].lerp(step[name], 0.4) for name in wanted}
-    averaged = ends(0.6, 3)
+        keep = min(0.2, steps / (9 + steps))  # 2 / 11, then 0.2: at first less is kept
+        wanted = {name: wanted[name].lerp(step[name], 1 - keep) for name in wanted}
+    averaged = ends(0.2, 3)
     for name, value in averaged.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
     frozen = [name for name in averaged if name.startswith("policy.")]

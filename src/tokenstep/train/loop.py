@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tokenstep.data.whole_files import write_whole
@@ -260,10 +260,19 @@ def make_trainer(
 
 
 def averaging(decay: float) -> list[Callback]:
-    """Lightning's moving average of the weights, whose copy of a frozen part stays as it is."""
+    """Lightning's moving average of the weights, which leaves a frozen part as it is.
+
+    At first it forgets faster than by ``decay``, so that a short phase does not end half-way to
+    where it began.
+    """
     if decay == 0:
         return []
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def average(averaged: Any, current: Any, count: Tensor) -> None:
+        done = float(count)
+        keep = min(decay, (1 + done) / (10 + done))
+        get_ema_multi_avg_fn(keep)(averaged, current, count)  # type: ignore[no-untyped-call]
+
     return [WeightAveraging(use_buffers=False, multi_avg_fn=average)]
 
 

@@ -97,7 +97,7 @@ class Phase:
     and the embedding so below the first, which keeps what pretrained ones know. ``optimizer``
     "muon" gives the other matrices orthogonalised momentum (Jordan et al. 2024), at AdamW's rates,
     and leaves the rest to AdamW. ``average`` above 0 is the decay, at each step, of an exponential
-    moving average of the weights, which is what the phase ends with.
+    moving average of the weights, which is what the phase ends with; less at first.
     """
 
     steps: int
