@@ -142,6 +142,37 @@ def test_shuffled_keeps_the_count_of_every_size(grids: list[tuple[int, int]], se
         assert torch.equal((moved == rank).sum((1, 2)), (level == rank).sum((1, 2)))
 
 
+@given(GRIDS, st.integers(0, 3))
+def test_by_count_takes_the_best_of_each_size(grids: list[tuple[int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    counts = partition.counts_of(random_partition(grids, SIZES), SIZES)
+    empty = partition.uniform(grids)
+    height, width = empty.shape[1:]
+    scores = [torch.rand(len(grids), height // size, width // size) for size in SIZES]
+    level = partition.by_count(scores, SIZES, counts, empty)
+    assert_partition(level, grids)
+    assert all(map(torch.equal, partition.counts_of(level, SIZES), counts))
+    # Of the largest size, none that was left out is better than one that was taken.
+    size = max(SIZES)
+    score = scores[SIZES.index(size)]
+    for index in range(len(grids)):
+        whole = (empty[index] == 0)[: height // size * size, : width // size * size]
+        room = whole.unflatten(1, (-1, size)).unflatten(0, (-1, size)).all(3).all(1)
+        taken = level[index, ::size, ::size][: room.shape[0], : room.shape[1]]
+        taken = taken == partition.level_of(size)
+        left = room & ~taken
+        if taken.any() and left.any():
+            assert score[index][taken].min() >= score[index][left].max()
+
+
+def test_by_count_says_where_there_is_no_room() -> None:
+    empty = partition.uniform([(4, 4), (4, 2)])
+    scores, counts = [torch.rand(2, 2, 2)], [torch.tensor([4, 2])]
+    assert partition.token_counts(partition.by_count(scores, [2], counts, empty)).tolist() == [4, 2]
+    with pytest.raises(ValueError, match="no room"):
+        partition.by_count(scores, [2], [torch.tensor([4, 3])], empty)
+
+
 def test_shuffled_moves_and_follows_its_seed() -> None:
     level = partition.uniform([(8, 8)])
     level[0, :2, :2] = 1

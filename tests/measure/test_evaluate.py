@@ -60,6 +60,7 @@ def test_the_report_is_complete_and_plain_json(model: Segmenter, folder: Labelle
         "tolerance": 0.1,
         "seed": 0,
         "scale": 1.0,
+        "reducers": [],
     }
     for half in (found["dense"], found["reduced"]):
         assert set(half) == {

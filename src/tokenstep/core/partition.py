@@ -136,23 +136,49 @@ def oracle(
     return from_scores(scores, sizes, bars, uniform([grid] * batch, labels.device))
 
 
-def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A random partition with as many superpatches of each size as ``partition``, per picture.
+def by_count(
+    scores: Sequence[Tensor], sizes: Sequence[int], counts: Sequence[Tensor], empty: Tensor
+) -> Tensor:
+    """Take exactly so many superpatches of each size, the best first, coarse to fine.
 
-    Places are drawn coarse to fine among the free ones. There is always room: wherever a large
-    superpatch lies, it takes the same number of aligned places from the small ones.
+    ``scores[k]`` is ``(B, H // sizes[k], W // sizes[k])`` and ``counts[k]``, ``(B,)`` int64, is how
+    many superpatches of that size each picture gets; ``empty`` is the partition without merging.
+    Ties go to the earlier place. Wherever a large superpatch lies, it takes the same number of
+    aligned places from the small ones, so whether there is room does not depend on the scores.
+
+    Raises:
+        ValueError: the three sequences differ in length, a size is no power of two above 1, or a
+            picture has no room for so many.
     """
-    level = torch.where(partition < 0, -1, 0).to(partition.dtype)
-    for size in sorted(sizes, reverse=True):
+    level = empty.clone()
+    for size, score, count in sorted(
+        zip(sizes, scores, counts, strict=True), key=lambda entry: -entry[0]
+    ):
         rank = level_of(size)
-        wanted = (partition == rank).flatten(1).sum(1) // size**2
-        free = _all_of(level == 0, size)
-        draw = torch.rand(free.shape, generator=generator).to(free.device)
-        draw = torch.where(free, draw, 2.0).flatten(1)
-        place = draw.argsort(dim=1).argsort(dim=1)
-        chosen = (place < wanted.unsqueeze(1)).view(free.shape) & free
-        level = torch.where(_spread(chosen, size, level.shape), rank, level).to(partition.dtype)
+        free = _all_of(level == 0, size).flatten(1)
+        if bool((free.sum(1) < count).any()):
+            raise ValueError(f"a picture has no room for so many superpatches of {size} patches")
+        best = score.flatten(1).masked_fill(~free, -torch.inf)
+        place = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        chosen = (place < count.unsqueeze(1)).view(score.shape)
+        take = _spread(chosen, size, level.shape)
+        level = torch.where(take, torch.full_like(level, rank), level)
     return level
+
+
+def counts_of(partition: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """How many superpatches of each size each picture has, ``(B,)`` int64 per size."""
+    return [(partition == level_of(size)).flatten(1).sum(1) // size**2 for size in sizes]
+
+
+def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A random partition with as many superpatches of each size as ``partition``, per picture."""
+    empty = torch.where(partition < 0, -1, 0).to(partition.dtype)
+    drawn = {
+        size: -torch.rand(_all_of(empty == 0, size).shape, generator=generator).to(empty.device)
+        for size in sorted(sizes, reverse=True)
+    }
+    return by_count([drawn[size] for size in sizes], sizes, counts_of(partition, sizes), empty)
 
 
 def token_counts(partition: Tensor) -> Tensor:
