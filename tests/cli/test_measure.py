@@ -157,3 +157,4 @@ def test_a_reducer_stands_in_the_place_of_the_exits(saved: Path, data: Path) -> 
     both = ["--reducer", "tome:share=0.3", "--exits", "off"]
     assert "leave out --exits" in refused("evaluate", *options, *both)
     assert "--reducer tom: choose from" in refused("evaluate", *options, "--reducer", "tom")
+    assert "of a model that has" in refused("evaluate", *options, "--reducer", "evit")

@@ -104,3 +104,16 @@ def test_the_table_and_the_figure_hold_every_row(
     figure(rows, tmp_path / "figure.png", "tiny")
     with Image.open(tmp_path / "figure.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 400
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("tome:share=0.1", "other reducers"),
+        ("evit tome:share=0.1", "other reducers"),
+        ("evit, dense", "other models"),
+        ("STEP, 0.25 points below the best on val", "STEP"),
+    ],
+)
+def test_rows_are_drawn_by_their_kind(method: str, kind: str) -> None:
+    assert kind_of({"method": method}) == kind

@@ -115,6 +115,14 @@ def test_the_cost_of_a_reducer_is_what_torch_counts(
     assert 0 < result.cost.reducers < 0.1 * result.cost.total < 0.1 * result.dense_cost.total
 
 
+def test_evit_costs_more_where_all_rows_ask(tiny_model: TinyModel) -> None:
+    model = tiny_model(name="vit_medium_patch16_gap_240", patch=16, depth=2, exits=(1,))
+    assert model.tokenise.prefix_count == 0
+    image, evit = torch.rand(3, 64, 96), EViT(0.6, (1, 2))
+    (result,) = model.segment_batch([image], thresholds=DENSE, reducers=[evit])
+    assert result.cost.total == pytest.approx(counted(model, [image], DENSE, [evit]), rel=1e-9)
+
+
 def test_a_batch_costs_what_its_pictures_cost(tiny_model: TinyModel) -> None:
     model = tiny_model()
     images = [torch.rand(3, 64, 96), torch.rand(3, 30, 41)]

@@ -13,6 +13,7 @@ from tokenstep.core import partition
 from tokenstep.core.attention import Attended
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
+from tokenstep.core.unmerge import layer_of_cells, unmerge
 from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Drop, Merge
 from tokenstep.reducers.evit import EViT
@@ -78,7 +79,7 @@ def test_tome_merges_the_likest_pairs_of_two_halves(reducer: ToMe, prefix: int) 
 
 def test_tome_takes_a_share_or_a_number() -> None:
     for wrong in ({}, {"share": 0.1, "r": 3}, {"share": 0.6}, {"r": -1}):
-        with pytest.raises(TokenstepError, match="tome"):
+        with pytest.raises(TokenstepError, match="share"):
             ToMe(**wrong)  # type: ignore[arg-type]
 
 
@@ -148,3 +149,26 @@ def test_what_is_dropped_goes_through_the_decoder_with_what_it_had(tiny_model: T
     rows = [int((tokens.anchor == cell).nonzero()) for cell in dropped.anchor]
     places = [int((out.tokens.anchor == cell).nonzero()) for cell in dropped.anchor]
     torch.testing.assert_close(out.logits[places], waited[rows], atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_that_wait_aside_are_not_spread_over_the_grid() -> None:
+    tokens = grid_tokens([(2, 2)])
+    waiting = tokens.drop(tokens.anchor == 1, 1)
+    level = partition.uniform([(2, 2)])
+    for spread in (
+        lambda one: unmerge(one, torch.zeros(len(one.x), 1, 3), level),
+        lambda one: layer_of_cells(one, 3),
+    ):
+        with pytest.raises(ValueError, match="rejoined"):
+            spread(waiting)
+        spread(waiting.rejoined())
+    assert layer_of_cells(waiting.rejoined(), 3).tolist() == [[[3, 1], [3, 3]]]
+
+
+@pytest.mark.parametrize("tokens", [25, 45, 7, 100])
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.7])
+def test_evit_keeps_as_many_as_it_says(tokens: int, keep: float) -> None:
+    row = grid_tokens([(1, tokens)], prefix=1)
+    decision = EViT(keep, (1,), fuse=False)(row, 1, seen_of(row))
+    assert isinstance(decision, Drop)
+    assert tokens - int(decision.gone.sum()) == EViT(keep).kept(tokens)

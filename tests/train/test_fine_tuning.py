@@ -1,6 +1,7 @@
 """What fine-tuning adds: layer-wise rates, averaged weights, and a policy trained on the way."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.dcts import Policy
 from tokenstep.train.precision import settled
 from tokenstep.train.recipe import Phase, SegmenterRecipe, read_recipe
-from tokenstep.train.train import PolicyModule, SegmenterModule, build_segmenter, train_segmenter
+from tokenstep.train.train import (
+    PolicyModule,
+    SegmenterModule,
+    build_segmenter,
+    train_policy,
+    train_segmenter,
+)
 
 PHASE = Phase(steps=4, batch=2, crop=(64, 64), lr=1e-3, warmup=1)
 
@@ -155,6 +162,54 @@ def test_a_policy_recipe_that_is_missing_is_one_line(drawn: Path, tmp_path: Path
     recipe = read_recipe(SegmenterRecipe, written(tmp_path, drawn))
     (tmp_path / "policy.toml").unlink()
     refused(recipe, "policy.toml: cannot read the recipe")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("merge = [0.5]", "merge = [0.5, 0.5]", "superpatch size"),
+        ("depth = 2", "depth = 2, exits = [7]", "exits"),
+    ],
+)
+def test_a_segmenter_that_could_not_be_built_is_refused_before_its_policy_is_trained(
+    drawn: Path, tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    path = written(tmp_path, drawn)
+    path.write_text(path.read_text().replace(old, new))
+    refused(read_recipe(SegmenterRecipe, path), said)
+    assert not (tmp_path / "policy").exists()
+
+
+def test_the_policy_is_for_the_patches_that_the_vit_really_has(drawn: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, drawn)
+    path.write_text(path.read_text().replace("patch = 8, ", ""))
+    (tmp_path / "policy.toml").write_text(
+        (tmp_path / "policy.toml").read_text().replace("patch = 16", "patch = 8")
+    )
+    model = train_segmenter(read_recipe(SegmenterRecipe, path), progress=False)
+    assert model.policy.patch == model.patch == 16
+
+
+def test_no_policy_recipe_is_none(drawn: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, drawn)
+    path.write_text(path.read_text().replace('"policy.toml"', '""'))
+    refused(read_recipe(SegmenterRecipe, path), "holds no trained policy")
+
+
+def test_a_policy_that_was_begun_before_heads_had_a_rate_goes_on_only_without(
+    drawn: Path, tmp_path: Path
+) -> None:
+    recipe = policy_recipe(drawn, tmp_path / "out", 1)
+    train_policy(recipe, progress=False)
+    written_down = tmp_path / "out" / "recipe.json"
+    held = json.loads(written_down.read_text())
+    for key in ("layer_decay", "average"):  # as version 0.1 wrote it
+        del held["phases"][0][key]
+    held["phases"][0]["head_lr"] = 4.0
+    written_down.write_text(json.dumps(held))
+    asked = dataclasses.replace(recipe.phases[0], head_lr=4.0)
+    refused(dataclasses.replace(recipe, phases=(asked,)), r"phases.0.head_lr 1.0 -> 4.0")
+    train_policy(recipe, progress=False)  # at 1, which is what it learned at
 
 
 def test_auto_is_what_the_machine_has_and_then_what_the_run_began_with(

@@ -107,7 +107,7 @@ def bench_command(
             thresholds.without_exits(),
             None,
         )
-    thresholds, reducers = reducers_of(reducer, thresholds, exits)
+    thresholds, reducers = reducers_of(network, reducer, thresholds, exits)
     if reducers:
         point = None
     rows = []

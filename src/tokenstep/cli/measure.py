@@ -68,7 +68,7 @@ def evaluate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    thresholds, reducers = reducers_of(reducer, thresholds, exits)
+    thresholds, reducers = reducers_of(network, reducer, thresholds, exits)
     method = Method(thresholds, source, tolerance, reducers=reducers)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
@@ -171,7 +171,7 @@ def compare_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    _, reducers = reducers_of(reducer, thresholds)
+    _, reducers = reducers_of(network, reducer, thresholds)
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]

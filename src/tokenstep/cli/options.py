@@ -166,14 +166,17 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
 
 
 def reducers_of(
-    texts: list[str] | None, thresholds: Thresholds, exits: str | None = None
+    model: "Segmenter",
+    texts: list[str] | None,
+    thresholds: Thresholds,
+    exits: str | None = None,
 ) -> "tuple[Thresholds, tuple[Reducer, ...]]":
     """What ``--reducer`` asks for: the thresholds without exits, and the reducers in order.
 
     Merging by the policy stays. ``exits`` is what ``--exits`` says beside it.
 
     Raises:
-        TokenstepError: there is no such reducer, or exits are asked for too.
+        TokenstepError: there is no such reducer, it would never act, or exits are asked for too.
     """
     if not texts:
         return thresholds, ()
@@ -182,6 +185,15 @@ def reducers_of(
     from tokenstep.reducers.named import reducer_of
 
     try:
-        return thresholds.without_exits(), tuple(map(reducer_of, texts))
+        reducers = tuple(map(reducer_of, texts))
     except TokenstepError as fault:
         raise TokenstepError(f"--{fault}") from fault
+    depth = len(model.encoder.blocks)
+    for text, reducer in zip(texts, reducers, strict=True):
+        blocks = getattr(reducer, "blocks", ())
+        if blocks and min(blocks) > depth:
+            raise TokenstepError(
+                f"--reducer {text}: acts in the blocks {blocks} of a model that has {depth}: name "
+                "some of these, as blocks=[1,2]"
+            )
+    return thresholds.without_exits(), reducers

@@ -59,7 +59,11 @@ def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
     """Spread logits over the grid: ``live (T, S, C)`` -> ``(B, H * side, W * side, C)``.
 
     ``S = side ** 2``; halted cells take their exit's logits; cells outside a picture get 0.
+
+    Raises:
+        ValueError: tokens are dropped and have not rejoined the others.
     """
+    _require_rejoined(tokens)
     halted = tokens.halted.logits if tokens.halted is not None else None
     values = token_values(live, halted)
     side = round(values.shape[1] ** 0.5)
@@ -68,10 +72,19 @@ def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
     return torch.where((index < 0).unsqueeze(-1), 0.0, spread)
 
 
+def _require_rejoined(tokens: PackedTokens) -> None:
+    """Refuse tokens some of which wait aside: nobody would speak for their cells."""
+    if tokens.dropped is not None:
+        row = _rows_of_anchors(tokens.anchor, tokens.owner)
+        if bool((row[tokens.dropped.anchor] < 0).any()):
+            raise ValueError("some tokens are dropped: bring them back with rejoined() first")
+
+
 def layer_of_cells(tokens: PackedTokens, depth: int) -> Tensor:
     """Blocks that ran for each cell's token, ``(B, H, W)`` int64; ``depth`` if it never halted."""
     live = torch.full_like(tokens.anchor, depth)
     if tokens.dropped is not None:
+        _require_rejoined(tokens)
         live[_rows_of_anchors(tokens.anchor, tokens.owner)[tokens.dropped.anchor]] = (
             tokens.dropped.layer
         )

@@ -196,4 +196,5 @@ def kind_of(row: dict[str, Any]) -> str:
         return "other partitions"
     if method.startswith("STEP"):
         return "STEP"
-    return "other reducers" if method.partition(":")[0] in REDUCERS else "other models"
+    reducers = all(word.partition(":")[0] in REDUCERS for word in method.split(" "))
+    return "other reducers" if reducers else "other models"

@@ -95,6 +95,7 @@ class CostCounter:
                     asked.after[index],
                     dim=self.parts.encoder.dim,
                     heads=self.parts.encoder.heads,
+                    prefix=segmented.prefix,
                 )
             )
             if isinstance(asked.reducer, EarlyPruning):

@@ -50,7 +50,7 @@ class TokenUse:
     end: int  # tokens that were live after the last block: not halted, not dropped
     halted: dict[int, int]  # blocks run -> tokens that halted there, one entry per exit
     level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
-    layer: NDArray[np.int16]  # (H, W): blocks that ran for the cell's token
+    layer: NDArray[np.int16]  # (H, W): blocks that the cell's token ran through, if in part
     depth: int  # blocks of the model
     owner: NDArray[np.int64]  # (H, W): flat index of the first cell that the cell's token has
     live: tuple[int, ...]  # tokens that entered each block

@@ -83,8 +83,8 @@ class Segmenter(
 
         They are uint8, or float in 0..1. ``thresholds`` default to the model's own; ``partition
         (B, H, W)`` replaces the policy's; ``unmerged (B,)`` is a mask of pictures that keep all of
-        their patches (training runs some of them so); ``reducers`` are asked after each block
-        before the exits are.
+        their patches (training runs some of them so); ``reducers`` are asked in each block,
+        at their own site, before the exits are.
 
         Raises:
             TokenstepError: the policy's scores are not finite.
@@ -183,7 +183,7 @@ class Segmenter(
         """:meth:`segment` for a list, never scaled; times are the batch's, over its pictures.
 
         ``partition (B, H, W)`` replaces the policy's, for comparisons; ``reducers`` are asked
-        after each block before the exits are, and may just look on. ``settings`` is the former
+        in each block before the exits are, and may just look on. ``settings`` is the former
         name of ``thresholds``.
         """
         thresholds = renamed("settings", settings, "thresholds", thresholds)

@@ -76,6 +76,7 @@ class Turn:
     after: int  # rows that its decision left
     dim: int  # features of a row
     heads: int  # of the block's attention
+    prefix: int  # CLS and register rows among these
 
 
 def apply(decision: Decision | None, tokens: PackedTokens, block: int) -> PackedTokens:

@@ -3,8 +3,8 @@
 In a few blocks the share ``keep`` of the tokens stays, those that get the most attention from the
 CLS token, mean over heads. Its authors fuse those that leave into one token, weighed by that
 attention; a classifier needs no more of them. A segmenter wants a class for each, so here they may
-be dropped instead, and keep what they knew. Where a model has no CLS token, the attention that all
-rows pay decides (ours).
+be dropped instead, and keep what they knew. Where a model has no prefix tokens, the attention that
+all rows pay decides, and where it has registers alone, that of the first (both ours).
 """
 
 import math
@@ -35,8 +35,8 @@ class EViT:
     fuse: bool = True
 
     def __post_init__(self) -> None:
-        if not (0 < self.keep <= 1 and min(self.blocks, default=1) >= 1):
-            raise TokenstepError(f"evit: keep is above 0 to 1 and blocks count from 1, got {self}")
+        if not (0 < self.keep <= 1 and min(self.blocks, default=0) >= 1):
+            raise TokenstepError(f"keep is above 0 to 1 and blocks count from 1, got {self}")
 
     @property
     def site(self) -> Site:
@@ -53,14 +53,14 @@ class EViT:
             raise ValueError("EViT judges by attention: ask it at the site of attention")
         prefix = tokens.is_prefix
         picture = tokens.picture()
-        # The CLS token is the first row of a picture; without one all rows ask.
+        # The CLS token is the first row of a picture; without prefix rows all ask.
         first = torch.zeros_like(prefix)
         first[tokens.offsets[:-1][tokens.offsets.diff() > 0]] = True
         attention = seen.received(first & prefix if bool(prefix.any()) else ~prefix)
         # Tokens and prefix rows are ranked apart: two groups in each picture.
         rank = ragged.rank_within(attention, picture * 2 + prefix)
         counts = torch.bincount(picture[~prefix], minlength=len(tokens.offsets) - 1)
-        kept = (counts * self.keep).ceil().long()
+        kept = (counts.double() * self.keep).ceil().long()
         gone = ~prefix & (rank >= kept[picture])
         if not self.fuse:
             return Drop(gone)
@@ -73,8 +73,8 @@ class EViT:
         return Merge(torch.where(gone, taker[picture], rows), weight)
 
     def macs(self, turn: Turn) -> int:
-        """The weights of one query, which a fused kernel does not hand out, are made again."""
-        return turn.dim * turn.before
+        """The weights of those that ask, which a fused kernel does not hand out, are made again."""
+        return turn.dim * turn.before * (1 if turn.prefix else turn.before)
 
     def kept(self, tokens: int) -> int:
         """How many of ``tokens`` stay in one of its blocks, the fused one not counted."""

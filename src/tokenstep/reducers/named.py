@@ -27,10 +27,12 @@ def reducer_of(text: str) -> Reducer:
     known = ", ".join(field.name for field in dataclasses.fields(kind))
     try:
         # An inline table of TOML reads numbers, lists and true or false.
+        if not settings.isprintable():
+            raise ValueError("more than a line")
         given: dict[str, Any] = tomllib.loads(f"settings = {{{settings}}}")["settings"]
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's own is one
         raise TokenstepError(
-            f"reducer {text}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}"
+            f"reducer {name}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}"
         ) from error
     reducer: Reducer = from_dict(kind, given, f"reducer {name}")
     return reducer
@@ -39,12 +41,11 @@ def reducer_of(text: str) -> Reducer:
 def text_of(reducer: Reducer) -> str:
     """What :func:`reducer_of` reads as this reducer; settings at their defaults are left out.
 
-    Raises:
-        ValueError: it is none of those that have a name.
+    One that has no name in ``REDUCERS`` is told as Python prints it.
     """
     names = [name for name, kind in REDUCERS.items() if type(reducer) is kind]
     if not names:
-        raise ValueError(f"{type(reducer).__name__} has no name: it is not in REDUCERS")
+        return repr(reducer)
     settings = [
         f"{field.name}={_toml(getattr(reducer, field.name))}"
         for field in dataclasses.fields(cast(Any, reducer))

@@ -9,6 +9,7 @@ from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Drop, Site, Turn
+from tokenstep.require import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,8 @@ class RandomDrop:
 
     def __post_init__(self) -> None:
         if not (0 <= self.share < 1 and min(self.blocks, default=1) >= 1):
-            raise TokenstepError(
-                f"random: share is 0 to below 1 and blocks count from 1, got {self}"
-            )
+            raise TokenstepError(f"share is 0 to below 1 and blocks count from 1, got {self}")
+        require(abs(self.seed) < 2**32, "seed", "below 2 ** 32", self.seed)
 
     @property
     def site(self) -> Site:

@@ -33,9 +33,9 @@ class ToMe:
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.r is None):
-            raise TokenstepError("tome: give share, 0 to 0.5, or r, a number of tokens")
+            raise TokenstepError("give share, 0 to 0.5, or r, a number of tokens")
         if not (0 <= (self.share or 0) <= 0.5 and (self.r or 0) >= 0):
-            raise TokenstepError(f"tome: share is 0 to 0.5 and r 0 or more, got {self}")
+            raise TokenstepError(f"share is 0 to 0.5 and r 0 or more, got {self}")
 
     @property
     def site(self) -> Site:

@@ -234,7 +234,7 @@ def read_recipe(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TokenstepError(f"{path}: is no TOML file ({error})") from error
     data = cast(dict[str, Any], with_new_keys(data, str(path)))
-    if isinstance(beside := data.get("policy_recipe"), str):
+    if isinstance(beside := data.get("policy_recipe"), str) and beside:
         data["policy_recipe"] = str(path.parent / beside)
     for override in overrides:
         _override(data, override, path)
@@ -281,6 +281,12 @@ def differences(before: dict[str, Any], recipe: PolicyRecipe | SegmenterRecipe) 
         TokenstepError: ``before`` is no recipe of this kind.
     """
     known = {"mean": HALF, "std": HALF, **before}  # which a run records as numbers
+    if isinstance(recipe, PolicyRecipe):
+        # Policies of 0.1 paid no heed to head_lr; their phases knew no layer_decay either.
+        known["phases"] = [
+            phase if "layer_decay" in phase else {**phase, "head_lr": 1.0}
+            for phase in before.get("phases", [])
+        ]
     read = from_dict(type(recipe), with_new_keys(known, "its recipe"), "its recipe")
     one = _flat(resolved(read))
     other = _flat(resolved(recipe))

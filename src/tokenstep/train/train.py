@@ -34,6 +34,7 @@ from tokenstep.train.progress import Progress
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, normal_of, read_recipe
 from tokenstep.train.run_folder import (
     Basis,
+    begun,
     card_of,
     claim,
     digest_of_weights,
@@ -110,9 +111,11 @@ def train_segmenter(recipe: SegmenterRecipe, *, progress: bool = True) -> Segmen
             works in ``out``.
         Terminated: the process was told to end.
     """
-    if recipe.policy_recipe and not os.path.isfile(Path(recipe.policy_weights) / WEIGHTS):
-        train_policy(policy_recipe_of(recipe), progress=progress)
     with alone(recipe):
+        lacking = not os.path.isfile(Path(recipe.policy_weights) / WEIGHTS)
+        # A run that has begun had its policy: another would not be the same run.
+        if recipe.policy_recipe and lacking and not begun(Path(recipe.out)):
+            train_policy(policy_recipe_of(recipe), progress=progress)
         return _train_segmenter(recipe, telling(recipe, progress))
 
 
@@ -120,17 +123,25 @@ def policy_recipe_of(recipe: SegmenterRecipe) -> PolicyRecipe:
     """The recipe of the policy that a segmenter asks for: its own pictures, patch and place.
 
     Raises:
-        TokenstepError: its file is no recipe of a policy.
+        TokenstepError: its file is no recipe of a policy, or the segmenter could not be built
+            around such a policy, which is better known before it is trained.
     """
     read = read_recipe(PolicyRecipe, Path(recipe.policy_recipe))
     filled, _ = start_of(recipe)  # with the mean and std that both must have
     data, trainer = recipe.data, recipe.trainer
+    classes = folders(recipe)[0].classes
+    vit, policy = replace(recipe.vit, pretrained=False), replace(read.policy, pretrained=False)
+    planned = ModelConfig(classes.names, classes.palette, vit, policy, recipe.thresholds)
+    try:
+        patch = Segmenter.build(planned).patch
+    except ValueError as error:
+        raise TokenstepError(f"recipe: {error}") from error
     return replace(
         read,
         out=recipe.policy_weights,
         mean=filled.mean,
         std=filled.std,
-        patch=recipe.vit.patch or read.patch,
+        patch=patch,
         data=replace(
             read.data,
             root=data.root,
