@@ -45,9 +45,11 @@ def test_told_to_end_with_all_that_it_started_it_says_so_in_a_line_and_can_go_on
     words = command(long_recipe(drawn, tmp_path / "out", workers=workers))
     last = tmp_path / "out" / "phase0" / "last.ckpt"
     for again in (False, True):
+        before = last.stat().st_mtime_ns if again else 0
         with Call(tmp_path, *words) as call:
             call.wait_until(lambda: "phase 1 of 1" in call.said.read_text())
-            call.wait_until(last.exists)
+            # A step of its own: a data worker that is only just starting tells of the signal too.
+            call.wait_until(lambda at=before: last.exists() and last.stat().st_mtime_ns > at)
             call.signal_group(number)
             code, said = call.end()
         assert code == 128 + number
