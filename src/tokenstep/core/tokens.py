@@ -131,7 +131,6 @@ class PackedTokens:
         if done.shape != self.anchor.shape:
             raise ValueError(f"done must be ({len(self.x)},), got {tuple(done.shape)}")
         leave = done.nonzero().squeeze(1)
-        stay = (~done).nonzero().squeeze(1)
         if len(logits) != len(leave):
             raise ValueError(f"{len(leave)} rows halt but logits are given for {len(logits)}")
         if bool((self.anchor[leave] < 0).any()):
@@ -144,14 +143,7 @@ class PackedTokens:
                 torch.cat([old.logits, new.logits]),
                 torch.cat([old.layer, new.layer]),
             )
-        return replace(
-            self,
-            x=self.x[stay],
-            offsets=ragged.kept_offsets(~done, self.offsets),
-            size=self.size[stay],
-            anchor=self.anchor[stay],
-            halted=new,
-        )
+        return replace(self._without(done), halted=new)
 
     def drop(self, gone: Tensor, layer: int) -> "PackedTokens":
         """Take the rows of the mask ``gone (T,)`` out of the sequence, with what they have now.
@@ -164,7 +156,6 @@ class PackedTokens:
         if gone.shape != self.anchor.shape:
             raise ValueError(f"gone must be ({len(self.x)},), got {tuple(gone.shape)}")
         leave = gone.nonzero().squeeze(1)
-        stay = (~gone).nonzero().squeeze(1)
         if bool((self.anchor[leave] < 0).any()):
             raise ValueError("prefix rows are never dropped")
         parts = [self.x[leave], self.size[leave], self.anchor[leave], torch.full_like(leave, layer)]
@@ -172,13 +163,17 @@ class PackedTokens:
             old = self.dropped
             before = (old.x, old.size, old.anchor, old.layer)
             parts = [torch.cat(pair) for pair in zip(before, parts, strict=True)]
+        return replace(self._without(gone), dropped=Dropped(*parts))
+
+    def _without(self, gone: Tensor) -> "PackedTokens":
+        """The same without the rows of the mask ``gone (T,)``; their cells have no live speaker."""
+        stay = (~gone).nonzero().squeeze(1)
         return replace(
             self,
             x=self.x[stay],
             offsets=ragged.kept_offsets(~gone, self.offsets),
             size=self.size[stay],
             anchor=self.anchor[stay],
-            dropped=Dropped(*parts),
         )
 
     def rejoined(self) -> "PackedTokens":

@@ -63,7 +63,7 @@ def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
     Raises:
         ValueError: tokens are dropped and have not rejoined the others.
     """
-    _require_rejoined(tokens)
+    _rows_of_dropped(tokens)  # none may wait aside
     halted = tokens.halted.logits if tokens.halted is not None else None
     values = token_values(live, halted)
     side = round(values.shape[1] ** 0.5)
@@ -72,22 +72,21 @@ def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
     return torch.where((index < 0).unsqueeze(-1), 0.0, spread)
 
 
-def _require_rejoined(tokens: PackedTokens) -> None:
-    """Refuse tokens some of which wait aside: nobody would speak for their cells."""
-    if tokens.dropped is not None:
-        row = _rows_of_anchors(tokens.anchor, tokens.owner)
-        if bool((row[tokens.dropped.anchor] < 0).any()):
-            raise ValueError("some tokens are dropped: bring them back with rejoined() first")
+def _rows_of_dropped(tokens: PackedTokens) -> Tensor:
+    """Row of each dropped token, ``(A,)``; refuses those that wait aside, who speak for no cell."""
+    if tokens.dropped is None:
+        return tokens.anchor[:0]
+    rows = _rows_of_anchors(tokens.anchor, tokens.owner)[tokens.dropped.anchor]
+    if bool((rows < 0).any()):
+        raise ValueError("some tokens are dropped: bring them back with rejoined() first")
+    return rows
 
 
 def layer_of_cells(tokens: PackedTokens, depth: int) -> Tensor:
     """Blocks that ran for each cell's token, ``(B, H, W)`` int64; ``depth`` if it never halted."""
     live = torch.full_like(tokens.anchor, depth)
     if tokens.dropped is not None:
-        _require_rejoined(tokens)
-        live[_rows_of_anchors(tokens.anchor, tokens.owner)[tokens.dropped.anchor]] = (
-            tokens.dropped.layer
-        )
+        live[_rows_of_dropped(tokens)] = tokens.dropped.layer
     halted = tokens.halted.layer if tokens.halted is not None else None
     rows = rows_of_cells(tokens)
     return torch.where(rows < 0, -1, token_values(live, halted)[rows.clamp(min=0)])

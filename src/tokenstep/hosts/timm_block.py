@@ -96,7 +96,7 @@ def run_block(
 
 
 def attention_of(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
-    """Timm's attention on packed rows ``(T, D)``, with its own projections and norms."""
+    """Run timm's attention on packed rows ``(T, D)``, with its own projections and norms."""
     # (T, 3, heads, d)
     qkv = attn.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(1)
