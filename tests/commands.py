@@ -14,7 +14,8 @@ import torch
 from conftest import CLASSES, PALETTE
 
 from tokenstep.cli import main
-from tokenstep.config import ModelConfig, PolicyConfig, Thresholds, VitConfig
+from tokenstep.config import PolicyConfig, Thresholds, VitConfig
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import Segmenter
 
 

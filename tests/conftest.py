@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from training import draw, policy_recipe
 
-from tokenstep.config import ModelConfig, PolicyConfig, VitConfig
+from tokenstep.config import PolicyConfig, VitConfig
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import Segmenter
 
 torch.set_num_threads(1)

@@ -32,7 +32,7 @@ def random_partition(grids: list[Grid], sizes: tuple[int, ...] = (2, 4)) -> Tens
     empty = partition.uniform(grids)
     height, width = empty.shape[1:]
     scores = [torch.rand(len(grids), height // size, width // size) for size in sizes]
-    return partition.from_scores(scores, sizes, [0.5] * len(sizes), empty)
+    return partition.by_threshold(scores, empty, sizes=sizes, thresholds=[0.5] * len(sizes))
 
 
 def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedTokens:

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
-from tokenstep.config import DENSE, ModelConfig, OperatingPoint, PolicyConfig, Thresholds, VitConfig
+from tokenstep.config import DENSE, OperatingPoint, PolicyConfig, Thresholds, VitConfig
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
+from tokenstep.model.config import ModelConfig
 from tokenstep.train.recipe import (
     DataConfig,
     Phase,

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from warnings import warn
 
 if TYPE_CHECKING:
-    from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Thresholds, VitConfig
+    from tokenstep.config import DENSE, Budget, PolicyConfig, Thresholds, VitConfig
     from tokenstep.core.tokens import PackedTokens
     from tokenstep.errors import TokenstepError
     from tokenstep.hub import load, shipped_models
+    from tokenstep.model.config import ModelConfig
     from tokenstep.model.result import Result
     from tokenstep.model.segmented import TokenUse
     from tokenstep.model.segmenter import Segmenter
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DENSE",
+    "Budget",
     "ModelConfig",
     "PackedTokens",
     "PolicyConfig",
@@ -34,9 +36,10 @@ __all__ = [
 # torch takes seconds to import, which `tokenstep --help` must not: a name is fetched from its
 # module when it is first asked for (PEP 562).
 _MODULES = {
-    "config": ("DENSE", "ModelConfig", "PolicyConfig", "Thresholds", "VitConfig"),
+    "config": ("DENSE", "Budget", "PolicyConfig", "Thresholds", "VitConfig"),
     "errors": ("TokenstepError",),
     "hub": ("load", "shipped_models"),
+    "model.config": ("ModelConfig",),
     "model.result": ("Result",),
     "model.segmented": ("TokenUse",),
     "model.segmenter": ("Segmenter",),

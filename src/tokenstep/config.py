@@ -1,13 +1,11 @@
-"""Settings: what a model is made of, and how it runs."""
+"""Settings: what the parts of a model are made of, and how it runs."""
 
 import math
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from typing import Any, Literal
 from warnings import warn
 
-from tokenstep.errors import TokenstepError
-from tokenstep.require import require, require_classes
+from tokenstep.require import require
 
 RGB = tuple[int, int, int]
 Channels = tuple[float, float, float]  # one value each for red, green and blue
@@ -77,12 +75,46 @@ DENSE = Thresholds()
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much to save, the same for each picture: pictures of one size then have equal shapes.
+
+    ``merge`` has for each side of a superpatch the share of a grid's patches that lie in
+    superpatches of that side. ``exits`` has for each exit, named by the blocks run, how many
+    tokens halt there, as a share of the grid's patches. Both are rounded to counts for a grid,
+    so one budget serves pictures of any size. ``spare`` is that of :class:`Thresholds`; where the
+    budget asks for more tokens to halt, those halt too.
+    """
+
+    merge: dict[int, float] = field(default_factory=dict)
+    exits: dict[int, float] = field(default_factory=dict)
+    spare: int = 5
+
+    def without_exits(self) -> "Budget":
+        """The same with exits off."""
+        return Budget(self.merge, {}, self.spare)
+
+
+Spending = Thresholds | Budget  # how much to save: judged in each picture, or equal for all
+
+
+@dataclass(frozen=True)
+class MeasuredBudget:
+    """A budget with what it was measured to lose and to cost, as an operating point is."""
+
+    budget: Budget
+    miou: float
+    loss: float
+    gmac: float
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """Settings with what they were measured to lose and to cost, on ``images`` of ``split``.
 
     ``miou`` is 0 to 1, ``loss`` the points (hundredths) of mIoU below the best that calibration
     found, be it dense or not; ``gmac`` (all parts), ``tokens`` (at the start) and ``halted_share``
-    are means per picture.
+    are means per picture. ``fixed`` is the budget that spends on each picture what the thresholds
+    spend on average; models calibrated by 0.1 have none.
     """
 
     thresholds: Thresholds
@@ -93,6 +125,7 @@ class OperatingPoint:
     halted_share: float
     split: str
     images: int
+    fixed: MeasuredBudget | None = None
 
     @property
     def settings(self) -> Thresholds:
@@ -103,6 +136,8 @@ class OperatingPoint:
     def report(self) -> dict[str, Any]:
         """The point as reports hold it, whose thresholds have always been "settings" there."""
         plain = asdict(self)
+        if self.fixed is None:
+            del plain["fixed"]
         return {"settings": plain.pop("thresholds"), **plain}
 
 
@@ -142,108 +177,6 @@ class VitConfig:
             size = self.image_size
             require(min(size) >= least, "vit.image_size", f"{least} or more a side", size)
         require(0 <= self.drop_path < 1, "vit.drop_path", "0 to below 1", self.drop_path)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that a Segmenter is built from.
-
-    Pictures are normalised by ``mean`` and ``std`` after scaling to 0..1. ``thresholds`` are what
-    the model runs at unless it is told otherwise; ``points`` are what calibration measured, cheap
-    to dear, and ``temperatures`` (one per exit, or none) what it divides the exits' logits by
-    before their confidence is taken. ``long_side`` is the scale that it was trained at, in pixels:
-    larger pictures of a user are scaled down to it unless told otherwise. None: a pixel has a
-    meaning of its own, as a length on a map, or the scale is not known. ``initial`` says what its
-    parts started from in training.
-    """
-
-    classes: tuple[str, ...]
-    palette: tuple[RGB, ...]
-    vit: VitConfig = field(default_factory=VitConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    thresholds: Thresholds = DENSE
-    points: tuple[OperatingPoint, ...] = ()
-    temperatures: tuple[float, ...] = ()
-    mean: Channels = HALF
-    std: Channels = HALF
-    long_side: int | None = None
-    initial: tuple[InitialWeights, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_classes(self.classes, self.palette)
-        require_normal(self.mean, self.std)
-        for part, pretrained in (("vit", self.vit.pretrained), ("policy", self.policy.pretrained)):
-            # A model has its own weights, and loads on machines without that file.
-            require(pretrained is False, f"{part}.pretrained", "left to recipes", pretrained)
-        side = self.long_side
-        require(side is None or side >= 1, "long_side", "1 or more pixels", side)
-        wanted = (0, len(self.vit.exits))
-        if len(self.temperatures) not in wanted or min(self.temperatures, default=1) <= 0:
-            raise TokenstepError(
-                f"model: give no temperature or one above 0 per exit {self.vit.exits}, got "
-                f"{self.temperatures}"
-            )
-        for thresholds in (self.thresholds, *(point.thresholds for point in self.points)):
-            self.check(thresholds)
-
-    @property
-    def settings(self) -> Thresholds:
-        """The former name of ``thresholds``."""
-        warn("config.settings is now config.thresholds", DeprecationWarning, stacklevel=2)
-        return self.thresholds
-
-    def point_within(self, max_loss: float) -> OperatingPoint | None:
-        """The cheapest operating point that loses at most ``max_loss`` points; None for dense.
-
-        0 always means dense, even where a reduced point happened to measure better.
-
-        Raises:
-            TokenstepError: the model was not calibrated, or ``max_loss`` is negative or no number.
-        """
-        number = isinstance(max_loss, Real) and not isinstance(max_loss, bool)
-        if not (number and max_loss >= 0):
-            raise TokenstepError(f"max_loss is {max_loss!r}: give 0 or more points of mIoU, as 0.5")
-        if max_loss == 0:
-            return None
-        if not self.points:
-            raise TokenstepError(
-                "the model has no operating points: run tokenstep calibrate on it first, or give "
-                "thresholds"
-            )
-        within = [point for point in self.points if point.loss <= max_loss]
-        return min(within, key=lambda point: point.gmac, default=None)
-
-    def at(self, max_loss: float) -> tuple[Thresholds, OperatingPoint | None]:
-        """What to run at to lose at most ``max_loss`` points, and its point; None with dense.
-
-        Raises:
-            TokenstepError: as :meth:`point_within`.
-        """
-        point = self.point_within(max_loss)
-        return (DENSE, None) if point is None else (point.thresholds, point)
-
-    def check(self, thresholds: Thresholds) -> None:
-        """Refuse settings that do not fit this model.
-
-        Raises:
-            TokenstepError: there is not one threshold per superpatch size, or per exit, or a
-                threshold is not within 0 to 1, or ``spare`` is negative.
-        """
-        if (
-            not all(0 <= bar <= 1 for bar in thresholds.merge + thresholds.exits)
-            or thresholds.spare < 0
-        ):
-            raise TokenstepError(
-                f"thresholds: must be 0 to 1 and spare 0 or more, got {thresholds}"
-            )
-        for what, given, of in (
-            ("superpatch size", thresholds.merge, self.policy.sizes),
-            ("exit", thresholds.exits, self.vit.exits),
-        ):
-            if given and len(given) != len(of):
-                raise TokenstepError(
-                    f"thresholds: give no threshold or one per {what} {of}, got {given}"
-                )
 
 
 def require_normal(mean: Channels, std: Channels) -> None:

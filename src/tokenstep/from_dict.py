@@ -48,11 +48,23 @@ def _convert(kind: Any, value: object, where: str) -> object:
             _convert(inner, entry, f"{where}[{index}]")
             for index, (inner, entry) in enumerate(zip(kinds, value, strict=True))
         )
+    if origin is dict:
+        return _mapping(args, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TokenstepError(f"{where}: expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _mapping(args: tuple[Any, ...], value: object, where: str) -> object:
+    """A table whose keys are whole numbers: JSON and TOML write them as text."""
+    if not isinstance(value, dict):
+        raise TokenstepError(f"{where}: expected a table, got {value!r}")
+    for key in value:
+        if not str(key).isdecimal():
+            raise TokenstepError(f"{where}: expected keys that are whole numbers, got {key!r}")
+    return {int(key): _convert(args[1], item, f"{where}: {key}") for key, item in value.items()}
 
 
 def _dataclass(kind: Any, value: object, where: str) -> object:

@@ -110,6 +110,21 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     found = json.loads(stdout)
     assert code == 0 and found["point"] == written["point"]
     assert found["reduced"]["miou"] == pytest.approx(found["point"]["miou"], abs=1e-5)
+
+    fixed = found["point"]["fixed"]
+    (tmp_path / "budget.json").write_text(json.dumps(fixed["budget"]))
+    for budget in ("point", tmp_path / "budget.json"):
+        spent = ["--model", out, "--max-loss", "100", "--budget", budget, *options]
+        code, stdout, _ = call("evaluate", *spent, "--json", "-")
+        found = json.loads(stdout)
+        assert code == 0 and found["settings"]["merge"] == fixed["budget"]["merge"]
+        assert found["reduced"]["miou"] == pytest.approx(fixed["miou"], abs=1e-5)
+        assert found["reduced"]["gmac"]["total"] == pytest.approx(fixed["gmac"], abs=1e-4)
+    for wrong in ("point", tmp_path / "none.json", out / "model.safetensors"):
+        assert "--budget" in refused("evaluate", "--model", saved, *options, "--budget", wrong)
+    both = ["--budget", tmp_path / "budget.json", "--merge", "off"]
+    assert "--merge" in refused("evaluate", "--model", out, *options, *both)
+
     code, stdout, _ = call("evaluate", "--model", out, "--max-loss", "0", *options, "--json", "-")
     found = json.loads(stdout)
     assert code == 0 and found["point"] is None

@@ -47,19 +47,19 @@ def test_tokens_are_counted_per_picture(grids: list[tuple[int, int]]) -> None:
 def test_larger_superpatches_come_first() -> None:
     empty = partition.uniform([(4, 6)])
     scores = [torch.full((1, 2, 3), 0.9), torch.full((1, 1, 1), 0.9)]
-    level = partition.from_scores(scores, (2, 4), (0.5, 0.5), empty)
+    level = partition.by_threshold(scores, empty, sizes=(2, 4), thresholds=(0.5, 0.5))
     assert level[0].tolist() == [[2, 2, 2, 2, 1, 1]] * 4
     # the order in which sizes are named does not matter
-    swapped = partition.from_scores(scores[::-1], (4, 2), (0.5, 0.5), empty)
+    swapped = partition.by_threshold(scores[::-1], empty, sizes=(4, 2), thresholds=(0.5, 0.5))
     assert torch.equal(level, swapped)
 
 
 def test_each_size_has_its_own_threshold_and_must_pass_it() -> None:
     empty = partition.uniform([(4, 4)])
     scores = [torch.tensor([[[0.6, 0.5], [0.4, 0.9]]]), torch.tensor([[[0.7]]])]
-    level = partition.from_scores(scores, (2, 4), (0.5, 0.7), empty)
+    level = partition.by_threshold(scores, empty, sizes=(2, 4), thresholds=(0.5, 0.7))
     assert level[0, ::2, ::2].tolist() == [[1, 0], [0, 1]]
-    nothing = partition.from_scores(scores, (2, 4), (1.0, 1.0), empty)
+    nothing = partition.by_threshold(scores, empty, sizes=(2, 4), thresholds=(1.0, 1.0))
     assert torch.equal(nothing, empty)
 
 
@@ -69,7 +69,9 @@ def test_a_higher_threshold_never_merges_more(grids: list[tuple[int, int]]) -> N
     height, width = empty.shape[1:]
     scores = [torch.rand(len(grids), height // size, width // size) for size in SIZES]
     counts = [
-        partition.token_counts(partition.from_scores(scores, SIZES, (bar,) * 3, empty))
+        partition.token_counts(
+            partition.by_threshold(scores, empty, sizes=SIZES, thresholds=(bar,) * 3)
+        )
         for bar in (0.2, 0.5, 0.8)
     ]
     assert (counts[0] <= counts[1]).all()
@@ -149,7 +151,7 @@ def test_by_count_takes_the_best_of_each_size(grids: list[tuple[int, int]], seed
     empty = partition.uniform(grids)
     height, width = empty.shape[1:]
     scores = [torch.rand(len(grids), height // size, width // size) for size in SIZES]
-    level = partition.by_count(scores, SIZES, counts, empty)
+    level = partition.by_count(scores, empty, sizes=SIZES, counts=counts)
     assert_partition(level, grids)
     assert all(map(torch.equal, partition.counts_of(level, SIZES), counts))
     # Of the largest size, none that was left out is better than one that was taken.
@@ -165,12 +167,37 @@ def test_by_count_takes_the_best_of_each_size(grids: list[tuple[int, int]], seed
             assert score[index][taken].min() >= score[index][left].max()
 
 
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+)
+def test_shares_are_rounded_to_what_there_is_room_for(
+    grid: tuple[int, int], parts: list[float]
+) -> None:
+    whole = max(1.0, sum(parts))
+    shares = {size: part / whole for size, part in zip(SIZES, parts, strict=True)}
+    counts = partition.superpatch_counts(shares, grid)
+    scores = [torch.rand(2, grid[0] // size, grid[1] // size) for size in SIZES]
+    empty = partition.uniform([grid, grid])
+    level = partition.by_share(scores, empty, sizes=SIZES, shares=shares)
+    assert_partition(level, [grid, grid])
+    for size, found in zip(SIZES, partition.counts_of(level, SIZES), strict=True):
+        # both pictures alike, and no more than half a superpatch from what was asked for
+        assert found.tolist() == [counts[size]] * 2
+        wanted = shares[size] * grid[0] * grid[1] / size**2
+        assert counts[size] <= wanted + 0.5
+    # Sides that are multiples of the largest size have room for any share of one size alone.
+    square = {max(SIZES): 0.5}
+    assert partition.superpatch_counts(square, (32, 32)) == {max(SIZES): 512 // max(SIZES) ** 2}
+
+
 def test_by_count_says_where_there_is_no_room() -> None:
     empty = partition.uniform([(4, 4), (4, 2)])
     scores, counts = [torch.rand(2, 2, 2)], [torch.tensor([4, 2])]
-    assert partition.token_counts(partition.by_count(scores, [2], counts, empty)).tolist() == [4, 2]
+    level = partition.by_count(scores, empty, sizes=[2], counts=counts)
+    assert partition.token_counts(level).tolist() == [4, 2]
     with pytest.raises(ValueError, match="no room"):
-        partition.by_count(scores, [2], [torch.tensor([4, 3])], empty)
+        partition.by_count(scores, empty, sizes=[2], counts=[torch.tensor([4, 3])])
 
 
 def test_shuffled_moves_and_follows_its_seed() -> None:
@@ -196,4 +223,4 @@ def test_sizes_that_are_no_power_of_two_are_refused(size: int) -> None:
 def test_one_threshold_per_size_is_asked_for() -> None:
     empty = partition.uniform([(2, 2)])
     with pytest.raises(ValueError, match="one entry per size"):
-        partition.from_scores([torch.ones(1, 1, 1)], (2,), (0.5, 0.5), empty)
+        partition.by_threshold([torch.ones(1, 1, 1)], empty, sizes=(2,), thresholds=(0.5, 0.5))

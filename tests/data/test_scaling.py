@@ -16,10 +16,11 @@ from PIL import Image
 from samples import labelled_folder, pattern, save_pattern
 from support import scramble
 
-from tokenstep.config import ModelConfig, OperatingPoint, Thresholds
+from tokenstep.config import OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.serve.demo import Demo, show

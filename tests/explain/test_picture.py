@@ -16,7 +16,8 @@ from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.explain.picture import View, depths_of, explain_picture, over_pixels, view_of
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.exits import DeepSupervision
+from tokenstep.model.spending import pruning_of
+from tokenstep.reducers.exit_heads import DeepSupervision
 
 STEP = Thresholds(merge=(0.4, 0.4), exits=(0.36, 0.36), spare=1)
 
@@ -36,7 +37,7 @@ def picture(height: int = 70, width: int = 101) -> torch.Tensor:
 def judged_by(model: Segmenter, thresholds: Thresholds) -> list[np.ndarray]:
     """The confidences that the exits judge by, prefix rows left out, sorted."""
     found = []
-    (pruning,) = model.pruning(thresholds)
+    (pruning,) = pruning_of(thresholds, model.exits, model.config.temperatures)
 
     class Watch(DeepSupervision):
         def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> None:

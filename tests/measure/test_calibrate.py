@@ -148,6 +148,18 @@ def test_points_are_what_measuring_them_gives(
         best = max(dense["miou"], points[-1].miou)
         assert point.loss == pytest.approx(100 * (best - again["miou"]), abs=2e-3)
         assert (point.split, point.images) == ("test", 4)
+        assert point.fixed is not None
+        (fixed,) = measure_methods(model, folder, [Method(point.fixed.budget)])
+        assert point.fixed.miou == pytest.approx(fixed["miou"], abs=1e-5)
+        assert point.fixed.gmac == pytest.approx(fixed["gmac"]["total"], abs=1e-4)
+        assert point.fixed.loss == pytest.approx(100 * (best - fixed["miou"]), abs=2e-3)
+        # what the thresholds spend on average, the budget spends on each picture
+        merge, halted = again["shares"]["merge"], again["shares"]["exits"]
+        for side, share in point.fixed.budget.merge.items():
+            assert share == pytest.approx(merge[str(side)], abs=1e-5)
+        for after, share in halted.items():
+            assert point.fixed.budget.exits.get(int(after), 0) == pytest.approx(share, abs=1e-5)
+        assert sum(point.fixed.budget.merge.values()) == pytest.approx(1 - merge["1"], abs=1e-4)
     own = model.config.point_within(0.5)
     assert model.config.thresholds == (DENSE if own is None else own.thresholds)
 

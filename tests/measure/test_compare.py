@@ -9,11 +9,12 @@ from conftest import CLASSES, TinyModel
 from PIL import Image
 from samples import labelled_folder
 
-from tokenstep.config import DENSE, OperatingPoint, Thresholds
+from tokenstep.config import DENSE, Budget, MeasuredBudget, OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.compare import KINDS, compare, figure, kind_of, markdown, oracle_tolerance
 from tokenstep.measure.quality import Method, measure
+from tokenstep.measure.rivals import strength_at
 from tokenstep.model.segmenter import Segmenter
 
 SETTINGS = Thresholds(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
@@ -117,3 +118,36 @@ def test_the_table_and_the_figure_hold_every_row(
 )
 def test_rows_are_drawn_by_their_kind(method: str, kind: str) -> None:
     assert kind_of({"method": method}) == kind
+
+
+def test_rivals_cost_what_step_costs_or_say_that_they_cannot(
+    model: Segmenter, folder: LabelledFolder
+) -> None:
+    rows = compare(model, folder, SETTINGS, rivalled=[SETTINGS])
+    step = next(row for row in rows if row["method"] == "STEP")
+    found = {row["method"]: row for row in rows if " GMAC" in row["method"]}
+    for name in ("ToMe", "EViT, fused", "EViT, dropped", "random drop", "CTS", "random partition"):
+        assert any(method.startswith(name) for method in found), name
+    for method, row in found.items():
+        assert kind_of(row) in ("other reducers", "other partitions"), method
+        if "partition" not in method and "nearest" not in method:
+            # costs are matched on two of the three pictures, which differ in size
+            assert row["gmac"]["total"] == pytest.approx(step["gmac"]["total"], rel=0.1), method
+
+
+def test_the_strength_of_a_rival_is_found_by_its_cost() -> None:
+    assert strength_at(lambda strength: 10 - 8 * strength, 6.0) == pytest.approx((0.5, 6.0), 0.01)
+    assert strength_at(lambda strength: 10 - 8 * strength, 1.0) == (1.0, 2.0)
+    assert strength_at(lambda strength: 10 - 8 * strength, 11.0) == (0.0, 10.0)
+
+
+def test_points_with_a_budget_have_a_row_for_it(model: Segmenter, folder: LabelledFolder) -> None:
+    budget = Budget(merge={2: 0.3})
+    points = [replace(p, fixed=MeasuredBudget(budget, 0.5, 0.2, 1.0)) for p in model.config.points]
+    model.config = replace(model.config, points=tuple(points))
+    for thresholds in (SETTINGS, points[0].thresholds):
+        rows = {row["method"]: row for row in compare(model, folder, thresholds)}
+        (name,) = (method for method in rows if method.startswith("STEP by budget"))
+        assert (name == "STEP by budget") == (thresholds == points[0].thresholds)
+        (alone,) = measure(model, folder, [Method(budget)])
+        assert rows[name]["miou"] == alone["miou"] and kind_of(rows[name]) == "STEP"

@@ -31,7 +31,9 @@ def test_the_curve_is_that_of_the_partition_by_all_sizes(
             (group,) = policy_features(network, [normalise(image, half, half)])
             scores = homogeneity(network, group.features)
         thresholds = [found["threshold"]] * 2
-        level = partition.from_scores(scores, POLICY.sizes, thresholds, partition.uniform([(8, 8)]))
+        level = partition.by_threshold(
+            scores, partition.uniform([(8, 8)]), sizes=POLICY.sizes, thresholds=thresholds
+        )
         cells += 64
         tokens += int(partition.token_counts(level).sum())
         for rank in (1, 2):

@@ -113,7 +113,8 @@ QUARTER = """
 import resource, torch
 from tokenstep.model.decoder import LinearDecoder
 from tokenstep.model.label_map import label_map
-from tokenstep.reducers.exits import EarlyPruning, ExitHeads
+from tokenstep.reducers.exit_heads import ExitHeads
+from tokenstep.reducers.exits import EarlyPruning
 from tokenstep.core.partition import uniform
 from tokenstep.model.supertokens import owners
 from tokenstep.core.unmerge import rows_of_cells

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import random_partition, scramble
 
-from tokenstep.config import DENSE, ModelConfig, PolicyConfig, Thresholds
+from tokenstep.config import DENSE, PolicyConfig, Thresholds
 from tokenstep.errors import TokenstepError
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.label_map import label_maps
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.batch import features_on_grids, policy_features
-from tokenstep.reducers.exits import DeepSupervision
+from tokenstep.reducers.exit_heads import DeepSupervision
 
 STEP = Thresholds(merge=(0.5, 0.5), exits=(0.5, 0.5), spare=1)
 ALL = Thresholds(merge=(0.0, 0.0))  # every superpatch that fits

@@ -37,7 +37,7 @@ def test_without_thresholds_nothing_merges_and_the_policy_is_not_asked(
     tiny_model: TinyModel,
 ) -> None:
     normal = [torch.randn(3, 40, 24), torch.randn(3, 16, 64)]
-    partition = partition_by(tiny_model().policy, normal, [], ())
+    partition = partition_by(tiny_model().policy, normal, [], None)
     assert torch.equal(partition, uniform([(5, 3), (2, 8)]))
 
 

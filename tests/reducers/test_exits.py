@@ -6,7 +6,8 @@ from support import grid_tokens, scramble
 from torch import Tensor
 
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.reducers.exits import DeepSupervision, EarlyPruning, ExitHeads, confidence_of
+from tokenstep.reducers.exit_heads import DeepSupervision, ExitHeads, confidence_of
+from tokenstep.reducers.exits import BudgetPruning, EarlyPruning
 
 CLASSES = 3
 GRIDS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3)
@@ -177,3 +178,35 @@ def test_so_many_rows_that_they_are_judged_in_bands() -> None:
     done, confidence, predicted = decide(tokens, 0.5, 3, side=2)
     assert done.tolist() == naive_halt(tokens, confidence, predicted, 0.5, 3)
     assert 0 < done.sum() < len(done)
+
+
+@given(GRIDS, st.floats(0, 1), st.integers(0, 3), st.integers(0, 2))
+def test_a_budget_halts_its_share_of_every_picture_the_surest_first(
+    grids: list[tuple[int, int]], share: float, spare: int, prefix: int
+) -> None:
+    tokens = grid_tokens(grids, prefix=prefix)
+    heads = exits()
+    halt = BudgetPruning(heads, {2: share}, spare)(tokens, 2)
+    assert halt is not None
+    confidence, predicted = confidence_of(heads(tokens.x, 0))
+    spared = BudgetPruning(heads, {}, spare).spared(
+        tokens, confidence, predicted, ~tokens.is_prefix
+    )
+    assert not halt.done[tokens.is_prefix].any()
+    for number, (height, width) in enumerate(grids):
+        own = (tokens.picture() == number) & ~tokens.is_prefix
+        done = halt.done & own
+        assert int(done.sum()) == round(share * height * width)
+        left = own & ~halt.done & ~spared
+        if done.any() and left.any():
+            assert confidence[done & ~spared].min() >= confidence[left].max()
+        # what is spared halts only where no others are left
+        assert not (done & spared).any() or not left.any()
+
+
+def test_an_exit_without_a_share_halts_nothing() -> None:
+    tokens = grid_tokens([(3, 3)])
+    pruning = BudgetPruning(exits(), {4: 1.0}, 0)
+    first, last = pruning(tokens, 2), pruning(tokens, 4)
+    assert first is not None and not first.done.any()
+    assert last is not None and last.done.sum() == 9

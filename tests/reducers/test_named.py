@@ -5,7 +5,7 @@ import pytest
 from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.evit import EViT
-from tokenstep.reducers.exits import DeepSupervision, ExitHeads
+from tokenstep.reducers.exit_heads import DeepSupervision, ExitHeads
 from tokenstep.reducers.named import REDUCERS, reducer_of, text_of
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe

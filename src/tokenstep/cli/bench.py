@@ -10,6 +10,7 @@ import typer
 from tokenstep import __version__
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
+    BudgetOf,
     Device,
     Exits,
     MaxLoss,
@@ -20,6 +21,7 @@ from tokenstep.cli.options import (
     choose,
     load_model,
     reducers_of,
+    spending_of,
 )
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import CPU_ONLY, RUNTIME_PACKAGES
@@ -62,6 +64,7 @@ def bench_command(
     merge: Merge = None,
     exits: Exits = None,
     reducer: Reducers = None,
+    budget: BudgetOf = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
     precision: Annotated[
         Precision, typer.Option(help="16 bits are by autocast.", case_sensitive=False)
@@ -107,7 +110,9 @@ def bench_command(
             thresholds.without_exits(),
             None,
         )
-    thresholds, reducers = reducers_of(network, reducer, thresholds, exits)
+    by_hand = merge is not None or exits is not None
+    spending = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+    spending, reducers = reducers_of(network, reducer, spending, exits)
     if reducers:
         point = None
     rows = []
@@ -118,7 +123,7 @@ def bench_command(
                     network,
                     paths,
                     case,
-                    thresholds,
+                    spending,
                     reducers=reducers,
                     runtimes=runtimes,
                     seconds=seconds,
@@ -131,7 +136,7 @@ def bench_command(
         "model": model,
         "backbone": backbone,
         "precision": precision.value,
-        "settings": asdict(thresholds) | {"reducers": reducer or []},
+        "settings": asdict(spending) | {"reducers": reducer or []},
         "point": point and point.report(),
         "pictures": len(paths),
         "growth": grown,

@@ -7,6 +7,7 @@ import typer
 
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
+    BudgetOf,
     Data,
     Device,
     Exits,
@@ -20,6 +21,7 @@ from tokenstep.cli.options import (
     load_model,
     numbers,
     reducers_of,
+    spending_of,
 )
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import PARTITION_SOURCES, Search
@@ -45,6 +47,7 @@ def evaluate_command(
     merge: Merge = None,
     exits: Exits = None,
     reducer: Reducers = None,
+    budget: BudgetOf = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
     ] = None,
@@ -68,8 +71,10 @@ def evaluate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    thresholds, reducers = reducers_of(network, reducer, thresholds, exits)
-    method = Method(thresholds, source, tolerance, reducers=reducers)
+    by_hand = merge is not None or exits is not None
+    spending = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+    spending, reducers = reducers_of(network, reducer, spending, exits)
+    method = Method(spending, source, tolerance, reducers=reducers)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         measured = evaluate(network, folder, method, on_picture=lambda: progress.advance(task))
@@ -124,7 +129,9 @@ def calibrate_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     with held(out), progress_bar() as progress:
-        tasks = {name: progress.add_task(name, total=None) for name in ("search", "confirm")}
+        tasks = {
+            name: progress.add_task(name, total=None) for name in ("search", "confirm", "budgets")
+        }
         calibration = calibrate(
             network,
             folder,
@@ -156,6 +163,13 @@ def compare_command(
     merge: Merge = None,
     exits: Exits = None,
     reducer: Reducers = None,
+    rivals: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Also ToMe, EViT, random drop, CTS and other partitions at the cost of the "
+            "operating point that loses at most so many points; may be repeated.",
+        ),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -172,6 +186,7 @@ def compare_command(
     network = load_model(model, device, threads)
     thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     _, reducers = reducers_of(network, reducer, thresholds)
+    rivalled = [network.config.at(loss)[0] for loss in rivals or []]
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
     others = [(name, load_model(name, device, threads)) for name in also or []]
@@ -183,6 +198,7 @@ def compare_command(
             thresholds,
             reducers=reducers,
             others=others,
+            rivalled=rivalled,
             on_picture=lambda: progress.advance(task),
         )
     head = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}

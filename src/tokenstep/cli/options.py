@@ -1,13 +1,15 @@
 """Options that several commands share, and what they stand for."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenstep.config import DENSE, OperatingPoint, Thresholds
+from tokenstep.config import DENSE, Budget, OperatingPoint, Spending, Thresholds
 from tokenstep.errors import TokenstepError
+from tokenstep.from_dict import from_dict
 
 if TYPE_CHECKING:
     from tokenstep.data.scaling import MaxSide
@@ -32,6 +34,14 @@ Reducers = Annotated[
     typer.Option(
         "--reducer",
         help="In place of the model's exits, as tome:share=0.1 or evit:keep=0.7; may be repeated.",
+    ),
+]
+BudgetOf = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="point|FILE",
+        help="Spend the same on each picture: the budget of the operating point, or a JSON file.",
     ),
 ]
 Names = Annotated[
@@ -165,13 +175,52 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
         raise TokenstepError(f"{option} {text}: give {wanted}") from error
 
 
+def spending_of(
+    model: "Segmenter",
+    budget: str | None,
+    thresholds: Thresholds,
+    point: OperatingPoint | None,
+    *,
+    by_hand: bool,
+) -> Spending:
+    """What ``--budget`` asks for; without it the thresholds that were chosen, of ``point``.
+
+    ``by_hand`` says that --merge or --exits chose them.
+
+    Raises:
+        TokenstepError: there is no such budget, it does not fit the model, or other options
+            contradict it.
+    """
+    if budget is None:
+        return thresholds
+    if by_hand:
+        raise TokenstepError("--budget: says what merges and halts; leave out --merge and --exits")
+    if budget == "point":
+        if point is None or point.fixed is None:
+            raise TokenstepError(
+                "--budget point: no calibrated budget belongs to these settings; choose by "
+                "--max-loss, run tokenstep calibrate on the model, or give a JSON file"
+            )
+        return point.fixed.budget
+    try:
+        read = json.loads(Path(budget).read_text())
+    except (OSError, ValueError) as error:
+        raise TokenstepError(
+            f"--budget {budget}: is no JSON file of a budget, such as "
+            '{"merge": {"2": 0.4}, "exits": {"3": 0.2}}; or give point'
+        ) from error
+    given = from_dict(Budget, read, budget)
+    model.config.check(given)
+    return given
+
+
 def reducers_of(
     model: "Segmenter",
     texts: list[str] | None,
-    thresholds: Thresholds,
+    spending: Spending,
     exits: str | None = None,
-) -> "tuple[Thresholds, tuple[Reducer, ...]]":
-    """What ``--reducer`` asks for: the thresholds without exits, and the reducers in order.
+) -> "tuple[Spending, tuple[Reducer, ...]]":
+    """What ``--reducer`` asks for: the spending without exits, and the reducers in order.
 
     Merging by the policy stays. ``exits`` is what ``--exits`` says beside it.
 
@@ -179,7 +228,7 @@ def reducers_of(
         TokenstepError: there is no such reducer, it would never act, or exits are asked for too.
     """
     if not texts:
-        return thresholds, ()
+        return spending, ()
     if exits is not None:
         raise TokenstepError("--reducer: stands in the place of the exits; leave out --exits")
     from tokenstep.reducers.named import reducer_of
@@ -196,4 +245,4 @@ def reducers_of(
                 f"--reducer {text}: acts in the blocks {blocks} of a model that has {depth}: name "
                 "some of these, as blocks=[1,2]"
             )
-    return thresholds.without_exits(), reducers
+    return spending.without_exits(), reducers

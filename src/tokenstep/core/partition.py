@@ -4,13 +4,16 @@ A partition is ``level (B, H, W)`` int8: the cell lies in a superpatch of side `
 patches, aligned at multiples of its side; 0 is a single patch, -1 lies outside the picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
+
+# Scores of each size and the partition without merging -> a partition, of pictures of one grid.
+Plan = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 def grid_of(size: Sequence[int], patch: int) -> Grid:
@@ -29,8 +32,8 @@ def uniform(grids: Sequence[Grid], device: torch.device | None = None) -> Tensor
     return inside.to(torch.int8) - 1
 
 
-def from_scores(
-    scores: Sequence[Tensor], sizes: Sequence[int], thresholds: Sequence[float], empty: Tensor
+def by_threshold(
+    scores: Sequence[Tensor], empty: Tensor, *, sizes: Sequence[int], thresholds: Sequence[float]
 ) -> Tensor:
     """Take superpatches coarse to fine where their score passes and no larger one covers them.
 
@@ -133,11 +136,40 @@ def oracle(
     grid = (full.shape[1] // patch, full.shape[2] // patch)
     scores = [purity(full, size * patch, classes) for size in sizes]
     bars = [purity_bar(tolerance)] * len(sizes)
-    return from_scores(scores, sizes, bars, uniform([grid] * batch, labels.device))
+    empty = uniform([grid] * batch, labels.device)
+    return by_threshold(scores, empty, sizes=sizes, thresholds=bars)
+
+
+def by_share(
+    scores: Sequence[Tensor], empty: Tensor, *, sizes: Sequence[int], shares: Mapping[int, float]
+) -> Tensor:
+    """Cover the same share of each grid with superpatches of a size, the best first.
+
+    ``shares`` are by size, rounded to counts by :func:`superpatch_counts`; a size without one is
+    not formed. ``empty`` is the partition without merging of pictures that fill the whole grid.
+    """
+    batch, height, width = empty.shape
+    counts = superpatch_counts(shares, (height, width))
+    each = [torch.full((batch,), counts.get(size, 0), device=empty.device) for size in sizes]
+    return by_count(scores, empty, sizes=sizes, counts=each)
+
+
+def superpatch_counts(shares: Mapping[int, float], grid: Grid) -> dict[int, int]:
+    """How many superpatches of each size cover ``shares`` of a grid, as near as there is room.
+
+    Large ones are placed first, as :func:`by_count` does.
+    """
+    height, width = grid
+    counts: dict[int, int] = {}
+    for size in sorted(shares, reverse=True):
+        taken = sum(count * (larger // size) ** 2 for larger, count in counts.items())
+        room = (height // size) * (width // size) - taken
+        counts[size] = min(round(shares[size] * height * width / size**2), room)
+    return counts
 
 
 def by_count(
-    scores: Sequence[Tensor], sizes: Sequence[int], counts: Sequence[Tensor], empty: Tensor
+    scores: Sequence[Tensor], empty: Tensor, *, sizes: Sequence[int], counts: Sequence[Tensor]
 ) -> Tensor:
     """Take exactly so many superpatches of each size, the best first, coarse to fine.
 
@@ -178,7 +210,8 @@ def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator
         size: -torch.rand(_all_of(empty == 0, size).shape, generator=generator).to(empty.device)
         for size in sorted(sizes, reverse=True)
     }
-    return by_count([drawn[size] for size in sizes], sizes, counts_of(partition, sizes), empty)
+    scores = [drawn[size] for size in sizes]
+    return by_count(scores, empty, sizes=sizes, counts=counts_of(partition, sizes))
 
 
 def token_counts(partition: Tensor) -> Tensor:

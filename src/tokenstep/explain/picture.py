@@ -15,7 +15,7 @@ from tokenstep.data.labelled_folder import IGNORE
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import TokenUse
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.exits import DeepSupervision, confidence_of
+from tokenstep.reducers.exit_heads import DeepSupervision, confidence_of
 
 Rows = list[dict[str, Any]]  # the rows of a table; one key per column
 

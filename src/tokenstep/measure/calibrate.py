@@ -2,7 +2,8 @@
 
 An operating point holds thresholds, and the loss and cost that were measured with them. The
 search measures combinations of merge and exit thresholds on a sample of the pictures, and the
-best of them on the whole split.
+best of them on the whole split. Each point also gets the budget that spends on every picture what
+its thresholds spend on average, measured on the whole split too.
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenstep.config import DENSE, OperatingPoint, Thresholds
+from tokenstep.config import DENSE, Budget, MeasuredBudget, OperatingPoint, Thresholds
 from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.digests import FILES, digests_of
 from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.from_dict import from_dict
 from tokenstep.measure.measurement_cache import MeasurementCache
 from tokenstep.measure.reliability import fit_exits
 from tokenstep.measure.settings import Search
@@ -64,6 +66,7 @@ def calibrate(
         progress("confirm", index, len(chosen) + 1)
         reports[thresholds] = cache.measure(thresholds, folder)
     store_points(model, reports, folder)
+    add_budgets(model, cache, reports, folder, progress=progress)
     return {
         "split": folder.title,
         "images": len(folder),
@@ -115,6 +118,41 @@ def store_points(
     point = model.config.point_within(0.5) if points else None
     if point is not None:
         model.config = dataclasses.replace(model.config, thresholds=point.thresholds)
+
+
+def add_budgets(
+    model: Segmenter,
+    cache: MeasurementCache,
+    reports: Mapping[Thresholds, dict[str, Any]],
+    folder: LabelledFolder,
+    *,
+    progress: Progress,
+) -> None:
+    """Give each operating point of the model its budget, with what that loses and costs."""
+    best = max(report["miou"] for report in reports.values())
+    points = []
+    for index, point in enumerate(model.config.points):
+        progress("budgets", index, len(model.config.points))
+        budget = budget_of(reports[point.thresholds], point.thresholds.spare)
+        report = cache.measure(budget, folder)
+        fixed = MeasuredBudget(
+            budget=budget,
+            miou=round(report["miou"], 5),
+            loss=round(100 * (best - report["miou"]), 3),
+            gmac=round(report["gmac"]["total"], 4),
+        )
+        points.append(dataclasses.replace(point, fixed=fixed))
+    model.config = dataclasses.replace(model.config, points=tuple(points))
+
+
+def budget_of(report: dict[str, Any], spare: int) -> Budget:
+    """The budget whose shares are the means of a report."""
+    shares = {
+        part: {key: round(share, 5) for key, share in report["shares"][part].items() if share}
+        for part in ("merge", "exits")
+    }
+    shares["merge"].pop("1", None)  # patches that stay alone
+    return from_dict(Budget, {**shares, "spare": spare}, "budget")
 
 
 def combinations(

@@ -10,6 +10,7 @@ from tokenstep.config import Thresholds
 from tokenstep.core import partition
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
+from tokenstep.measure.rivals import RIVALS, gmac_of, rivals_at
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.named import REDUCERS, text_of
@@ -24,12 +25,14 @@ def compare(
     *,
     reducers: tuple[Reducer, ...] = (),
     others: Sequence[tuple[str, Segmenter]] = (),
+    rivalled: Sequence[Thresholds] = (),
     on_picture: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Measure each method of :func:`methods_of`, and ``others`` dense; give one row for each.
 
-    ``reducers`` have a row of their own, in which they stand in the place of the exits.
-    ``others`` run after all methods of ``model``. ``time_ratio`` is the dense model's time over
+    ``reducers`` have a row of their own, in which they stand in the place of the exits. The
+    methods of :func:`rivalling` follow for each of ``rivalled``. ``others`` run after all methods
+    of ``model``. ``time_ratio`` is the dense model's time over
     that of the row, both measured in this run; ``compute_ratio`` is the same of GMAC.
 
     Raises:
@@ -40,6 +43,8 @@ def compare(
     if reducers:
         name = " ".join(map(text_of, reducers))
         methods[name] = Method(thresholds.without_exits(), reducers=reducers)
+    for spent in rivalled:
+        methods |= rivalling(model, folder, spent)
     reports = measure(model, folder, list(methods.values()), on_picture=on_picture)
     rows = [{"method": name, **report} for name, report in zip(methods, reports, strict=True)]
     for name, other in others:
@@ -73,9 +78,29 @@ def methods_of(
         methods["exits alone"] = Method(thresholds.without_merging())
     methods["STEP"] = Method(thresholds)
     for point in model.config.points:
+        loss = f"{point.loss:.2f} points below the best on {point.split}"
         if point.thresholds != thresholds:
-            loss = f"{point.loss:.2f} points below the best on {point.split}"
             methods[f"STEP, {loss}"] = Method(point.thresholds)
+        if point.fixed is not None:
+            own = point.thresholds == thresholds
+            methods["STEP by budget" if own else f"STEP by budget, of {loss}"] = Method(
+                point.fixed.budget
+            )
+    return methods
+
+
+def rivalling(
+    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds
+) -> dict[str, Method]:
+    """What else a model could do at the cost of ``thresholds``: other partitions and reducers."""
+    some = folder.thinned(20)
+    gmac = gmac_of(model, some, Method(thresholds))
+    methods = rivals_at(model, folder.thinned(2), gmac)
+    if thresholds.merge:
+        tolerance = oracle_tolerance(model, some, thresholds)
+        exits = f"and the exits of STEP at {gmac:.1f} GMAC"
+        methods[f"random partition {exits}"] = Method(thresholds, "random")
+        methods[f"oracle partition {exits}"] = Method(thresholds, "oracle", tolerance)
     return methods
 
 
@@ -192,9 +217,11 @@ def kind_of(row: dict[str, Any]) -> str:
         return "lower resolution"
     if method.startswith("learned"):
         return "merging alone"
-    if method.endswith("partition"):
+    if method.endswith("partition") or method.startswith(("random partition", "oracle partition")):
         return "other partitions"
     if method.startswith("STEP"):
         return "STEP"
+    if any(method.startswith(name) for name in RIVALS):
+        return "other reducers"
     reducers = all(word.partition(":")[0] in REDUCERS for word in method.split(" "))
     return "other reducers" if reducers else "other models"

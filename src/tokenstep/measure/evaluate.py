@@ -35,7 +35,7 @@ def evaluate(
     reducers = [text_of(reducer) for reducer in method.reducers]
     return {
         "images": len(folder),
-        "settings": settings.pop("thresholds") | settings | {"reducers": reducers},
+        "settings": settings.pop("spending") | settings | {"reducers": reducers},
         "warnings": warnings,
         **dict(zip(methods, halves, strict=True)),
     }

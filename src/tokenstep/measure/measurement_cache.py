@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokenstep.config import Thresholds
+from tokenstep.config import Spending
 from tokenstep.data.digests import of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.whole_files import write_text
@@ -47,13 +47,13 @@ class MeasurementCache:
                     f"{path}: holds no measurements of a calibration; remove it"
                 ) from error
 
-    def measure(self, thresholds: Thresholds, folder: LabelledFolder) -> dict[str, Any]:
-        """Give the report of ``thresholds`` on ``folder``: from the file, or measured now."""
+    def measure(self, spending: Spending, folder: LabelledFolder) -> dict[str, Any]:
+        """Give the report of thresholds or a budget on ``folder``: from the file, or made now."""
         text = json.dumps(of_folder(folder, self.digests))
         data = hashlib.sha256(text.encode()).hexdigest()[:16]
-        key = json.dumps([data, dataclasses.asdict(thresholds)])
-        if key not in self.entries:
-            (self.entries[key],) = measure(self.model, folder, [Method(thresholds)])
+        key = json.dumps([data, dataclasses.asdict(spending)])
+        if "shares" not in self.entries.get(key, {}):  # 0.1 did not count them
+            (self.entries[key],) = measure(self.model, folder, [Method(spending)])
             text = json.dumps({"model": self.model_digest, "entries": self.entries}, indent=1)
             write_text(self.path, text + "\n")
         report: dict[str, Any] = self.entries[key]

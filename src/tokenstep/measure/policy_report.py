@@ -89,7 +89,9 @@ def _level(
     scores: Sequence[Tensor], sides: Sequence[int], threshold: float, grid: partition.Grid
 ) -> Tensor:
     """The partition of one picture by superpatches of these sides."""
-    return partition.from_scores(scores, sides, [threshold] * len(sides), partition.uniform([grid]))
+    return partition.by_threshold(
+        scores, partition.uniform([grid]), sizes=sides, thresholds=[threshold] * len(sides)
+    )
 
 
 def _tokens(

@@ -1,6 +1,7 @@
 """What a model scores and costs on labelled pictures, with one method or several in turn."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from tokenstep.config import DENSE, Thresholds
+from tokenstep.config import DENSE, Spending
 from tokenstep.core.partition import grid_of, oracle, shuffled, uniform
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
@@ -18,25 +19,26 @@ from tokenstep.measure.metrics import Tally
 from tokenstep.measure.settings import PartitionSource
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.spending import as_keyword
 from tokenstep.reducers.base import Reducer
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a model segments: its thresholds, the source of its partition, and the resolution.
+    """How a model segments: what it spends, the source of its partition, and the resolution.
 
     The source ``policy`` is the model's own. ``uniform`` merges nothing. ``oracle`` merges by the
     labels, and a superpatch may hold the share ``tolerance`` of other classes. ``random`` moves
     the superpatches of the policy's partition to random places, drawn from ``seed``.
 
     The sides of a picture are multiplied by ``scale``. The label map is scaled back. ``reducers``
-    run beside what the thresholds turn on.
+    run beside what ``spending`` turns on.
 
     Raises:
         TokenstepError: an oracle with another scale than 1.
     """
 
-    thresholds: Thresholds = DENSE
+    spending: Spending = DENSE
     partition: PartitionSource = "policy"
     tolerance: float = 0.0
     seed: int = 0
@@ -104,7 +106,7 @@ def segment_with(
         read = tvf.resize(image, size, antialias=True)
     (result,) = model.segment_batch(
         [read],
-        thresholds=method.thresholds,
+        **as_keyword(method.spending),
         partition=_partition(model, read, label, method=method, generator=generator),
         reducers=method.reducers,
     )
@@ -137,7 +139,7 @@ def _partition(
             )
         case "random":
             with torch.inference_mode():
-                learned = model.partition([image.to(device)], method.thresholds)
+                learned = model.partition([image.to(device)], method.spending)
             return shuffled(learned, sizes, generator)
 
 
@@ -147,13 +149,20 @@ class MethodSums:
     def __init__(self, classes: int) -> None:
         self.tally = Tally(classes)
         self.pictures: list[dict[str, float]] = []
+        self.merged: defaultdict[int, float] = defaultdict(float)  # shares of a grid, by side
+        self.halted: defaultdict[int, float] = defaultdict(float)  # tokens over patches, by exit
 
     def add(self, result: Result, label: Tensor) -> None:
         """Count one picture, whose labels are ``label (h, w)``."""
         self.tally.add(torch.from_numpy(result.labels), label)
+        grid = result.tokens.grid
+        for level, cells in Counter(result.tokens.level.flatten().tolist()).items():
+            self.merged[1 << level] += cells / grid
+        for after, tokens in result.tokens.halted.items():
+            self.halted[after] += tokens / grid
         self.pictures.append(
             {
-                "grid": result.tokens.grid,
+                "grid": grid,
                 "start": result.tokens.start,
                 "end": result.tokens.end,
                 "halted": sum(result.tokens.halted.values()),
@@ -186,6 +195,11 @@ class MethodSums:
                 "p95": float(np.percentile(column["start"], 95)),
             },
             "halted_share": mean["halted"] / mean["start"],
+            "shares": {"merge": self._shares(self.merged), "exits": self._shares(self.halted)},
             "gmac": {"total": mean["gmac"], "policy": mean["policy"]},
             "seconds": mean["seconds"],
         }
+
+    def _shares(self, sums: Mapping[int, float]) -> dict[str, float]:
+        """Means per picture of shares of a grid, with keys as JSON has them."""
+        return {str(key): sums[key] / len(self.pictures) for key in sorted(sums)}

@@ -12,7 +12,7 @@ from tokenstep.core.partition import padded_labels
 from tokenstep.core.unmerge import unmerge
 from tokenstep.data.labelled_folder import IGNORE, LabelledFolder
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.exits import DeepSupervision
+from tokenstep.reducers.exit_heads import DeepSupervision
 
 
 @torch.inference_mode(False)

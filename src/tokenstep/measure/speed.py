@@ -18,13 +18,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from tokenstep.config import DENSE, Thresholds, VitConfig
+from tokenstep.config import DENSE, Budget, Spending, VitConfig
 from tokenstep.data.augment import to_float
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.spending import as_keyword
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.named import text_of
 from tokenstep.runtimes.dense import MakeRuntime, Runtime
@@ -52,7 +53,7 @@ def bench(
     model: Segmenter,
     paths: Sequence[Path],
     case: Case,
-    thresholds: Thresholds,
+    spending: Spending,
     *,
     reducers: Sequence[Reducer] = (),
     runtimes: Mapping[str, MakeRuntime] = MappingProxyType({}),
@@ -75,7 +76,7 @@ def bench(
     """
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
-    methods = methods_of(model, case, thresholds, reducers)
+    methods = methods_of(model, case, spending, reducers)
     measured = tuple(methods)
     for name, make in runtimes.items():
         methods[name] = _in_runtime(make(model, case.size, case.batch), device)
@@ -125,19 +126,21 @@ def relative_to(dense: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def methods_of(
-    model: Segmenter, case: Case, thresholds: Thresholds, reducers: Sequence[Reducer] = ()
+    model: Segmenter, case: Case, spending: Spending, reducers: Sequence[Reducer] = ()
 ) -> dict[str, SegmentBatch]:
     """Every method of ``model`` itself for a case, by its name; dense is the first.
 
-    The one at ``thresholds`` is called STEP, or by the names of its ``reducers``.
+    The one of ``spending`` is called STEP, or by the names of its ``reducers``.
     """
     half = [max(1, side // 2) for side in case.size]
-    name = " ".join(map(text_of, reducers)) or "STEP"
+    step = "STEP by budget" if isinstance(spending, Budget) else "STEP"
+    name = " ".join(map(text_of, reducers)) or step
 
-    def at(thresholds: Thresholds, reducers: Sequence[Reducer] = ()) -> SegmentBatch:
+    def at(spending: Spending, reducers: Sequence[Reducer] = ()) -> SegmentBatch:
         def segment(pictures: Sequence[Tensor]) -> BatchCost:
-            results = model.segment_batch(pictures, thresholds=thresholds, reducers=reducers)
-            return _cost_of(results)
+            return _cost_of(
+                model.segment_batch(pictures, **as_keyword(spending), reducers=reducers)
+            )
 
         return segment
 
@@ -154,7 +157,7 @@ def methods_of(
         cost = _cost_of(results)
         return replace(cost, stages={"scale": scaling} | cost.stages)
 
-    return {"dense": at(DENSE), name: at(thresholds, reducers), "dense at 0.5 x the sides": at_half}
+    return {"dense": at(DENSE), name: at(spending, reducers), "dense at 0.5 x the sides": at_half}
 
 
 def _in_runtime(runtime: Runtime, device: torch.device) -> SegmentBatch:

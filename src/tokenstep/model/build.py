@@ -5,15 +5,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from tokenstep.config import ModelConfig
 from tokenstep.hosts.timm_block import BlockSettings, PlainViT
 from tokenstep.hosts.timm_vit import build_vit
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.embed import ConvEmbed, LinearEmbed
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.dcts import Policy
-from tokenstep.reducers.exits import ExitHeads
+from tokenstep.reducers.exit_heads import ExitHeads
 
 
 @dataclass(frozen=True, slots=True)

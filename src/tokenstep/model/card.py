@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenstep.config import InitialWeights, ModelConfig
+from tokenstep.config import InitialWeights
 from tokenstep.data.whole_files import write_text
+from tokenstep.model.config import ModelConfig
 
 CARD = "README.md"
 OURS = "<!-- Written by tokenstep, each time anew. To keep your own text, remove this line. -->"

@@ -21,7 +21,7 @@ from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.segmented import Segmented
 from tokenstep.policies.cnn_cost import count_macs
 from tokenstep.reducers.base import Turn
-from tokenstep.reducers.exits import EarlyPruning
+from tokenstep.reducers.exits import Pruning
 
 GIGA = 1e9
 
@@ -98,7 +98,7 @@ class CostCounter:
                     prefix=segmented.prefix,
                 )
             )
-            if isinstance(asked.reducer, EarlyPruning):
+            if isinstance(asked.reducer, Pruning):
                 exits += macs
             else:
                 reducers += macs

@@ -1,7 +1,7 @@
 """Public names of earlier versions, which go on working with a warning."""
 
-from tokenstep.config import ModelConfig
 from tokenstep.model.build import Parts, step_parts
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import Segmenter
 
 

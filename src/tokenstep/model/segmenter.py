@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from tokenstep.config import ModelConfig, Thresholds
+from tokenstep.config import Budget, Spending, Thresholds
 from tokenstep.core.attention import Backend
 from tokenstep.data.pictures import Picture, picture_tensor
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
@@ -20,6 +20,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 from tokenstep.model.build import Parts, step_parts
 from tokenstep.model.card import model_card
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import CostCounter
 from tokenstep.model.decoder import MaskDecoder
 from tokenstep.model.label_map import label_maps
@@ -27,11 +28,11 @@ from tokenstep.model.normalise import Normalise
 from tokenstep.model.renamed import renamed, with_new_keys
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import Segmented, token_uses
+from tokenstep.model.spending import plan_of, pruning_of
 from tokenstep.model.stage_timer import StageTimer
 from tokenstep.model.weight_files import load_weights, save_weights
 from tokenstep.policies.batch import features_on_grids, partition_by, policy_features
 from tokenstep.reducers.base import Reducer
-from tokenstep.reducers.exits import EarlyPruning
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -75,36 +76,38 @@ class Segmenter(
         pictures: Tensor | Sequence[Tensor],
         *,
         thresholds: Thresholds | None = None,
+        budget: Budget | None = None,
         partition: Tensor | None = None,
         unmerged: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
     ) -> Segmented:
         """Segment ``pictures``: ``(B, 3, h, w)`` or a list of ``(3, h, w)``, RGB.
 
-        They are uint8, or float in 0..1. ``thresholds`` default to the model's own; ``partition
-        (B, H, W)`` replaces the policy's; ``unmerged (B,)`` is a mask of pictures that keep all of
-        their patches (training runs some of them so); ``reducers`` are asked in each block,
-        at their own site, before the exits are.
+        They are uint8, or float in 0..1. ``thresholds`` default to the model's own; a ``budget``
+        takes their place; ``partition (B, H, W)`` replaces the policy's; ``unmerged (B,)`` is a
+        mask of pictures that keep all of their patches (training runs some of them so);
+        ``reducers`` are asked in each block, at their own site, before the exits are.
 
         Raises:
             TokenstepError: the policy's scores are not finite.
             ValueError: there is not one threshold per superpatch size or exit, or ``partition``
                 does not cover the pictures' cells.
         """
-        thresholds = self.config.thresholds if thresholds is None else thresholds
-        merge = thresholds.merge if partition is None else ()
+        spending = self.spending(thresholds, budget)
+        plan = plan_of(spending, self.config.policy.sizes) if partition is None else None
         normal = self.normalise(pictures)
         context = self.tokenise.context is not None
-        seen = policy_features(self.policy, normal) if merge or context else []
+        seen = policy_features(self.policy, normal) if plan or context else []
         if partition is None:
-            partition = partition_by(self.policy, normal, seen, merge)
+            partition = partition_by(self.policy, normal, seen, plan)
         if unmerged is not None:
             whole = unmerged.view(-1, 1, 1)
             partition = torch.where(whole, partition.clamp(max=0), partition)
         tokens = self.tokenise(
             normal, partition, features_on_grids(self.policy, seen) if context else None
         )
-        tokens, trace = self.encoder(tokens, [*reducers, *self.pruning(thresholds)])
+        pruning = pruning_of(spending, self.exits, self.config.temperatures)
+        tokens, trace = self.encoder(tokens, [*reducers, *pruning])
         return Segmented(
             tokens=tokens,
             logits=self.decoder(tokens),
@@ -113,21 +116,28 @@ class Segmenter(
             sizes=tuple((picture.shape[-2], picture.shape[-1]) for picture in normal),
             patch=self.patch,
             prefix=self.tokenise.prefix_count,
-            scored=bool(merge),
+            scored=plan is not None,
         )
 
-    def partition(self, pictures: Sequence[Tensor], thresholds: Thresholds) -> Tensor:
+    def partition(self, pictures: Sequence[Tensor], spending: Spending) -> Tensor:
         """The policy's partition ``(B, H, W)`` of pictures ``(3, h, w)``, without segmenting."""
+        plan = plan_of(spending, self.config.policy.sizes)
         normal = self.normalise(pictures)
-        seen = policy_features(self.policy, normal) if thresholds.merge else []
-        return partition_by(self.policy, normal, seen, thresholds.merge)
+        seen = policy_features(self.policy, normal) if plan else []
+        return partition_by(self.policy, normal, seen, plan)
 
-    def pruning(self, thresholds: Thresholds) -> list[EarlyPruning]:
-        """The reducer that halts tokens at the exits; none where they are off."""
-        if not thresholds.exits:
-            return []
-        halting, temperatures = thresholds.exits, self.config.temperatures
-        return [EarlyPruning(self.exits, halting, thresholds.spare, temperatures=temperatures)]
+    def spending(self, thresholds: Thresholds | None, budget: Budget | None) -> Spending:
+        """What is asked for, the model's own thresholds if nothing is.
+
+        Raises:
+            TokenstepError: both are given, or the budget does not fit the model.
+        """
+        if budget is None:
+            return self.config.thresholds if thresholds is None else thresholds
+        if thresholds is not None:
+            raise TokenstepError("give one of thresholds, budget and max_loss")
+        self.config.check(budget)
+        return budget
 
     @torch.inference_mode()
     def segment(
@@ -135,6 +145,7 @@ class Segmenter(
         pictures: Picture | Sequence[Picture],
         *,
         thresholds: Thresholds | None = None,
+        budget: Budget | None = None,
         max_loss: float | None = None,
         max_side: MaxSide = "auto",
         settings: Thresholds | None = None,
@@ -148,16 +159,17 @@ class Segmenter(
         trained at, if it has one (``config.long_side``), None takes pictures as they are.
         ``thresholds`` default to the model's own; ``Thresholds()`` is the dense model. ``max_loss``
         takes the cheapest operating point that was measured to lose at most so many points of
-        mIoU instead; 0 is dense. ``settings`` is the former name of ``thresholds``.
+        mIoU instead; 0 is dense. ``budget`` spends the same on every picture instead.
+        ``settings`` is the former name of ``thresholds``.
 
         Raises:
-            TokenstepError: a picture cannot be read, the logits are not finite, or the model has
-                no operating points to choose from.
+            TokenstepError: a picture cannot be read, the logits are not finite, the model has no
+                operating points to choose from, or the budget does not fit the model.
         """
         thresholds = renamed("settings", settings, "thresholds", thresholds)
         if max_loss is not None:
-            if thresholds is not None:
-                raise TokenstepError("give thresholds or max_loss, not both")
+            if thresholds is not None or budget is not None:
+                raise TokenstepError("give one of thresholds, budget and max_loss")
             thresholds, _ = self.config.at(max_loss)
         side = side_for(max_side, self.config.long_side)
         many = isinstance(pictures, Sequence) and not isinstance(pictures, _NO_LISTS)
@@ -166,7 +178,7 @@ class Segmenter(
             whole = picture_tensor(picture)
             sizes.append((whole.shape[2], whole.shape[1]))
             scaled.append(scaled_tensor(whole, side))
-        results = self.segment_batch(scaled, thresholds=thresholds)
+        results = self.segment_batch(scaled, thresholds=thresholds, budget=budget)
         results = [one.enlarged(*size) for one, size in zip(results, sizes, strict=True)]
         return results if many else results[0]
 
@@ -176,6 +188,7 @@ class Segmenter(
         pictures: Sequence[Picture],
         *,
         thresholds: Thresholds | None = None,
+        budget: Budget | None = None,
         partition: Tensor | None = None,
         reducers: Sequence[Reducer] = (),
         settings: Thresholds | None = None,
@@ -196,7 +209,13 @@ class Segmenter(
         with timer:
             # Moved as bytes: a quarter of what floats are.
             moved = [picture_tensor(picture).to(self.device) for picture in pictures]
-            segmented = self(moved, thresholds=thresholds, partition=partition, reducers=reducers)
+            segmented = self(
+                moved,
+                thresholds=thresholds,
+                budget=budget,
+                partition=partition,
+                reducers=reducers,
+            )
             labels = [one.cpu().numpy() for one in label_maps(segmented)]
         times = {stage: time / len(pictures) for stage, time in timer.milliseconds().items()}
         return [

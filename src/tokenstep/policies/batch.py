@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenstep.core.partition import Grid, from_scores, grid_of, uniform
+from tokenstep.core.partition import Grid, Plan, grid_of, uniform
 from tokenstep.errors import TokenstepError
 from tokenstep.policies.dcts import Policy, PolicyFeatures
 
@@ -68,23 +68,21 @@ def homogeneity(policy: Policy, features: PolicyFeatures) -> list[Tensor]:
 
 
 def partition_by(
-    policy: Policy,
-    normal: Sequence[Tensor],
-    groups: Sequence[SameSize],
-    thresholds: Sequence[float],
+    policy: Policy, normal: Sequence[Tensor], groups: Sequence[SameSize], plan: Plan | None
 ) -> Tensor:
-    """The partition ``(B, H, W)`` of normalised pictures at merge ``thresholds``, one per size.
+    """The partition ``(B, H, W)`` of normalised pictures that ``plan`` makes of their scores.
 
-    Without thresholds nothing merges and ``groups`` are not read.
+    Without a plan nothing merges and ``groups`` are not read.
     """
     grids = [grid_of(picture.shape[-2:], policy.patch) for picture in normal]
     partition = uniform(grids, normal[0].device)
-    for group in groups if thresholds else ():
+    if plan is None:
+        return partition
+    for group in groups:
         height, width = group.features.grid
         scores = homogeneity(policy, group.features)
         empty = partition[group.places, :height, :width]
-        merged = from_scores(scores, policy.config.sizes, thresholds, empty)
-        partition[group.places, :height, :width] = merged
+        partition[group.places, :height, :width] = plan(scores, empty)
     return partition
 
 

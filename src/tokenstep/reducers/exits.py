@@ -1,81 +1,38 @@
 """Stage 4 of 6: early pruning. Exit heads halt the tokens that are already sure.
 
 STEP (arXiv 2509.14165) and DToP (ICCV 2023) halt tokens whose confidence passes a threshold and
-keep the few surest of each class as context. Their heads are attention modules; these are a norm
-and a linear layer on purpose, since their cost is what ate STEP's speed.
+keep the few surest of each class as context.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenstep.core import ragged
 from tokenstep.core.attention import Attended
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.reducers.base import Halt, Site, Turn
+from tokenstep.reducers.exit_heads import ExitHeads, confidence_of
 
 BAND_ROWS = 2048  # rows classified at a time: 19 MiB of fp32 logits with 16 x 150 of them a row
 
 
-class TokenHead(nn.Module):
-    """Norm and linear layer: features ``(T, D)`` -> logits ``(T, S, C)``."""
+class Pruning(ABC):
+    """Halts tokens at the exits; which ones, :meth:`done` says.
 
-    def __init__(self, dim: int, classes: int, side: int) -> None:
-        super().__init__()
-        self.sub_cells = side**2
-        self.norm = nn.LayerNorm(dim)
-        self.linear = nn.Linear(dim, self.sub_cells * classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify every row, each sub-cell on its own."""
-        logits: Tensor = self.linear(self.norm(x))
-        return torch.unflatten(logits, -1, (self.sub_cells, -1))
-
-
-class ExitHeads(nn.Module):
-    """One :class:`TokenHead` after each of the blocks ``after`` (1 = the first block)."""
-
-    def __init__(self, after: Sequence[int], dim: int, classes: int, side: int) -> None:
-        super().__init__()
-        self.after = tuple(after)
-        self.classes = classes
-        self.heads = nn.ModuleList(TokenHead(dim, classes, side) for _ in after)
-
-    def forward(self, x: Tensor, exit_index: int) -> Tensor:
-        """Logits ``(T, S, C)`` of exit number ``exit_index``."""
-        logits: Tensor = self.heads[exit_index](x)
-        return logits
-
-
-class EarlyPruning:
-    """The reducer of STEP's second half: halts sure tokens at the exits.
-
-    ``thresholds`` holds one confidence per exit; ``spare`` is how many of the surest tokens of
-    each predicted class stay in each picture as context although they passed. ``temperatures``
-    (one per exit, or none) make the confidence honest.
+    ``spare`` is how many of the surest tokens of each predicted class stay in each picture as
+    context. ``temperatures`` (one per exit, or none) make the confidence honest.
     """
 
     site: Site = "block"
 
-    def __init__(
-        self,
-        exits: ExitHeads,
-        thresholds: Sequence[float],
-        spare: int,
-        *,
-        temperatures: Sequence[float] = (),
-    ) -> None:
-        if len(thresholds) != len(exits.after):
-            raise ValueError(
-                f"one threshold per exit: the model has exits after blocks {exits.after}, "
-                f"got {len(thresholds)} thresholds"
-            )
+    def __init__(self, exits: ExitHeads, spare: int, temperatures: Sequence[float]) -> None:
         self.exits = exits
-        self.thresholds = tuple(thresholds)
         self.spare = spare
-        self.temperatures = tuple(temperatures) or (1.0,) * len(self.thresholds)
+        self.temperatures = tuple(temperatures) or (1.0,) * len(exits.after)
 
     def __call__(
         self, tokens: PackedTokens, block: int, seen: Attended | None = None
@@ -85,10 +42,14 @@ class EarlyPruning:
             return None
         index = self.exits.after.index(block)
         confidence, predicted = self.judged(tokens.x, index)
-        # "not below" rather than "above": NaN halts, so that it is found in the final logits.
-        passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
-        done = passed & ~self.spared(tokens, confidence, predicted, passed)
+        done = self.done(tokens, confidence, predicted, index)
         return Halt(done, self.exits(tokens.x[done], index))
+
+    @abstractmethod
+    def done(
+        self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, index: int
+    ) -> Tensor:
+        """Mask ``(T,)`` of the rows that halt at exit ``index``."""
 
     @torch.no_grad()
     def judged(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -119,32 +80,67 @@ class EarlyPruning:
         return passed & (ragged.rank_within(confidence, group) < self.spare)
 
 
-def confidence_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence ``(T,)`` in 0..1 and class ``(T,)`` of each token from ``logits (T, S, C)``.
+class EarlyPruning(Pruning):
+    """The reducer of STEP's second half: halts tokens whose confidence passes a threshold.
 
-    The confidence is the mean over sub-cells of the top probability, so that a token across a
-    boundary may halt when both of its sides are sure; its class is the one with the most mass.
+    ``thresholds`` holds one confidence per exit.
+
+    Raises:
+        ValueError: there is not one threshold per exit.
     """
-    # Classes first in memory, since there are few: on a CPU a fifth of the time.
-    probabilities = logits.detach().float().movedim(-1, 0).contiguous().softmax(dim=0)
-    return probabilities.amax(dim=0).mean(dim=-1), probabilities.mean(dim=-1).argmax(dim=0)
+
+    def __init__(
+        self,
+        exits: ExitHeads,
+        thresholds: Sequence[float],
+        spare: int,
+        *,
+        temperatures: Sequence[float] = (),
+    ) -> None:
+        super().__init__(exits, spare, temperatures)
+        if len(thresholds) != len(exits.after):
+            raise ValueError(
+                f"one threshold per exit: the model has exits after blocks {exits.after}, "
+                f"got {len(thresholds)} thresholds"
+            )
+        self.thresholds = tuple(thresholds)
+
+    def done(
+        self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, index: int
+    ) -> Tensor:
+        """Mask ``(T,)`` of the rows that halt at exit ``index``."""
+        # "not below" rather than "above": NaN halts, so that it is found in the final logits.
+        passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
+        return passed & ~self.spared(tokens, confidence, predicted, passed)
 
 
-class DeepSupervision:
-    """A reducer that halts nothing and keeps each exit's logits, for training with all heads."""
+class BudgetPruning(Pruning):
+    """Halts equally many tokens in each picture of a size, the surest (ours).
 
-    site: Site = "block"
+    ``shares`` has by exit, named by the blocks run, how many tokens halt there over the patches
+    of a picture's grid, so all shapes are known beforehand. The spared tokens come last.
+    """
 
-    def __init__(self, exits: ExitHeads) -> None:
-        self.exits = exits
-        self.seen: list[tuple[PackedTokens, Tensor]] = []
+    def __init__(
+        self,
+        exits: ExitHeads,
+        shares: Mapping[int, float],
+        spare: int,
+        *,
+        temperatures: Sequence[float] = (),
+    ) -> None:
+        super().__init__(exits, spare, temperatures)
+        self.shares = dict(shares)
 
-    def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> None:
-        """Record the tokens and logits of the exit after a block, if there is one."""
-        if block in self.exits.after:
-            index = self.exits.after.index(block)
-            self.seen.append((tokens, self.exits(tokens.x, index)))
-
-    def macs(self, turn: Turn) -> int:
-        """Looking on is no part of the model's compute."""
-        return 0
+    def done(
+        self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, index: int
+    ) -> Tensor:
+        """Mask ``(T,)`` of the rows that halt at exit ``index``."""
+        judged = ~tokens.is_prefix
+        spared = self.spared(tokens, confidence, predicted, judged)
+        picture = tokens.picture()
+        # Confidences are 0 to 1, so what is spared comes behind all others.
+        rank = ragged.rank_within(confidence - 2.0 * spared, picture * 2 + tokens.is_prefix)
+        patches = (tokens.owner >= 0).flatten(1).sum(1)
+        count = (patches.double() * self.shares.get(self.exits.after[index], 0.0)).round().long()
+        return judged & (rank < count[picture])

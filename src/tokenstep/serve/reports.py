@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from tokenstep import __version__
-from tokenstep.config import ModelConfig, OperatingPoint, Thresholds
+from tokenstep.config import OperatingPoint, Thresholds
 from tokenstep.data.whole_files import write_text
+from tokenstep.model.config import ModelConfig
 from tokenstep.terminal import as_json
 
 PAUSE = 1.0  # seconds between two writings, at least

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tokenstep.config import InitialWeights, ModelConfig
+from tokenstep.config import InitialWeights
 from tokenstep.data.labelled_folder import Classes
 from tokenstep.model.card import OURS, model_card, started_from
+from tokenstep.model.config import ModelConfig
 from tokenstep.train.recipe import Phase, PolicyRecipe, SegmenterRecipe
 
 

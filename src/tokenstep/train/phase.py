@@ -21,7 +21,7 @@ from tokenstep.measure.metrics import confusion_matrix, iou_of
 from tokenstep.model.label_map import label_maps
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.dcts import Policy
-from tokenstep.reducers.exits import DeepSupervision
+from tokenstep.reducers.exit_heads import DeepSupervision
 from tokenstep.train.losses import (
     distillation_loss,
     homogeneity_loss,

@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenstep.config import HALF, Channels, InitialWeights, ModelConfig, PolicyConfig
+from tokenstep.config import HALF, Channels, InitialWeights, PolicyConfig
 from tokenstep.data.digests import changes, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.whole_files import sweep, write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 from tokenstep.model.card import model_card
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.renamed import with_new_keys
 from tokenstep.model.segmenter import WEIGHTS
 from tokenstep.train.card import run_card

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenstep.config import Channels, ModelConfig
+from tokenstep.config import Channels
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.digests import FILES, digests_of, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
@@ -20,6 +20,7 @@ from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Method, measure
 from tokenstep.model.build import step_parts
 from tokenstep.model.card import write_card
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
 from tokenstep.policies.dcts import Policy, build_trunk

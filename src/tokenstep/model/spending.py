@@ -1,0 +1,39 @@
+"""Thresholds or a budget -> how superpatches are chosen, and how tokens halt."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from tokenstep.config import Budget, Spending
+from tokenstep.core.partition import Plan, by_share, by_threshold
+from tokenstep.reducers.exit_heads import ExitHeads
+from tokenstep.reducers.exits import BudgetPruning, EarlyPruning, Pruning
+
+
+def plan_of(spending: Spending, sizes: Sequence[int]) -> Plan | None:
+    """How superpatches of ``sizes`` are chosen by their scores; None where nothing merges."""
+    if isinstance(spending, Budget):
+        merges = any(spending.merge.values())
+        return partial(by_share, sizes=sizes, shares=spending.merge) if merges else None
+    if not spending.merge:
+        return None
+    return partial(by_threshold, sizes=sizes, thresholds=spending.merge)
+
+
+def pruning_of(
+    spending: Spending, exits: ExitHeads, temperatures: Sequence[float]
+) -> list[Pruning]:
+    """The reducer that halts tokens at the exits; none where they are off."""
+    spare = spending.spare
+    if isinstance(spending, Budget):
+        if not any(spending.exits.values()):
+            return []
+        return [BudgetPruning(exits, spending.exits, spare, temperatures=temperatures)]
+    if not spending.exits:
+        return []
+    return [EarlyPruning(exits, spending.exits, spare, temperatures=temperatures)]
+
+
+def as_keyword(spending: Spending) -> dict[str, Any]:
+    """The keyword argument of :meth:`Segmenter.segment_batch` that says so."""
+    return {"budget" if isinstance(spending, Budget) else "thresholds": spending}
