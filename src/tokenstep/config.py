@@ -1,7 +1,7 @@
 """Settings: what the parts of a model are made of, and how it runs."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from warnings import warn
 
@@ -55,19 +55,22 @@ class Thresholds:
     """How much to save.
 
     ``merge`` holds one threshold in 0..1 per superpatch size and ``exits`` one per exit; empty
-    means that the mechanism is off, and both empty is the dense model.
+    means that the mechanism is off. ``spare`` is how many of the surest tokens of each class stay
+    as context at an exit. ``reducers`` are other token reducers by name and strength, as
+    "tome:share=0.1", asked in this order. All empty is the dense model.
     """
 
     merge: tuple[float, ...] = ()
     exits: tuple[float, ...] = ()
     spare: int = 5
+    reducers: tuple[str, ...] = ()
 
     def without_merging(self) -> "Thresholds":
         """The same with merging off."""
-        return Thresholds((), self.exits, self.spare)
+        return replace(self, merge=())
 
-    def without_exits(self) -> "Thresholds":
-        """The same with exits off."""
+    def merging_alone(self) -> "Thresholds":
+        """The same with exits and other reducers off."""
         return Thresholds(self.merge, (), self.spare)
 
 
@@ -81,17 +84,14 @@ class Budget:
     ``merge`` has for each side of a superpatch the share of a grid's patches that lie in
     superpatches of that side. ``exits`` has for each exit, named by the blocks run, how many
     tokens halt there, as a share of the grid's patches. Both are rounded to counts for a grid,
-    so one budget serves pictures of any size. ``spare`` is that of :class:`Thresholds`; where the
-    budget asks for more tokens to halt, those halt too.
+    so one budget serves pictures of any size. ``spare`` and ``reducers`` are those of
+    :class:`Thresholds`; where the budget asks for more tokens to halt, the spared halt too.
     """
 
     merge: dict[int, float] = field(default_factory=dict)
     exits: dict[int, float] = field(default_factory=dict)
     spare: int = 5
-
-    def without_exits(self) -> "Budget":
-        """The same with exits off."""
-        return Budget(self.merge, {}, self.spare)
+    reducers: tuple[str, ...] = ()
 
 
 Spending = Thresholds | Budget  # how much to save: judged in each picture, or equal for all

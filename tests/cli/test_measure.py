@@ -1,6 +1,7 @@
 """`tokenstep evaluate`, `calibrate` and `compare`: what they write, print and refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,31 @@ def test_a_reducer_stands_in_the_place_of_the_exits(saved: Path, data: Path) -> 
     assert "leave out --exits" in refused("evaluate", *options, *both)
     assert "--reducer tom: choose from" in refused("evaluate", *options, "--reducer", "tom")
     assert "of a model that has" in refused("evaluate", *options, "--reducer", "evit")
+
+
+def test_pictures_are_segmented_and_explained_with_a_reducer(
+    saved: Path, photo: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    halves = ["--model", saved, "--merge", "off", "--reducer", "tome:share=0.4"]
+    code, _, err = call("segment", photo, *halves, "--out", tmp_path / "o")
+    assert (code, err) == (0, "")
+    written = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert written["settings"]["reducers"] == ["tome:share=0.4"] and written["point"] is None
+    (picture,) = written["images"]
+    assert picture["tokens"]["end"] < picture["tokens"]["start"] == picture["tokens"]["grid"]
+    code, _, err = call("explain", photo, *halves, "--out", tmp_path / "e")
+    assert (code, err) == (0, "")
+    assert "tome:share=0.4" in (tmp_path / "e" / "report.html").read_text()
+    assert "--dense" in refused("segment", photo, *halves, "--dense")
+
+
+def test_a_model_that_names_an_unknown_reducer_is_refused(
+    saved: Path, photo: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["thresholds"]["reducers"] = ["tom:share=0.1"]
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("segment", photo, "--model", folder)
+    assert "reducer tom: choose from" in message and str(folder) in message

@@ -214,11 +214,11 @@ def test_other_classes_are_refused(model: Segmenter, tmp_path: Path) -> None:
 
 def test_merging_alone_is_run_where_it_is_another_way() -> None:
     assert list(methods_of(STEP)) == ["dense", "merging_alone", "step"]
-    assert list(methods_of(STEP.without_exits())) == ["dense", "step"]
+    assert list(methods_of(STEP.merging_alone())) == ["dense", "step"]
     assert methods_of(DENSE)["step"] == DENSE
 
 
-def test_a_model_without_exits_is_explained_too(
+def test_a_model_merging_alone_is_explained_too(
     tiny_model: TinyModel, folder: LabelledFolder
 ) -> None:
     report = explain_folder(tiny_model(exits=()), folder, Thresholds(merge=(0.4, 0.4)))

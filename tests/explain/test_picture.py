@@ -88,7 +88,7 @@ def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
     assert all(row["halted"] == 0 and row["above_the_bar"] is None for row in report["exits"])
 
 
-@pytest.mark.parametrize("thresholds", [STEP, DENSE, STEP.without_exits(), STEP.without_merging()])
+@pytest.mark.parametrize("thresholds", [STEP, DENSE, STEP.merging_alone(), STEP.without_merging()])
 def test_the_rows_add_up(model: Segmenter, thresholds: Thresholds) -> None:
     view = view_of(model, picture(), thresholds)
     report, use = explain_picture(view), view.result.tokens
@@ -113,7 +113,7 @@ def test_live_tokens_fall_only_at_exits(model: Segmenter) -> None:
     assert depths_of(use) == [1, 2, 3]
 
 
-def test_a_model_without_exits_has_none_to_show(tiny_model: TinyModel) -> None:
+def test_a_model_merging_alone_has_none_to_show(tiny_model: TinyModel) -> None:
     view: View = view_of(tiny_model(exits=()), picture(), DENSE)
     report = explain_picture(view)
     assert view.exits == () and report["exits"] == []

@@ -79,6 +79,9 @@ def test_every_set_of_exit_thresholds_meets_every_merging() -> None:
     for thresholds in tried:
         assert len(thresholds.exits) in (0, 2) and len(thresholds.merge) in (0, 1)
     assert combinations([], 0, search) == []
+    with_tome = combinations([(0.5,)], 2, Search(bars=(0.8,), reducers=("tome:r=2",)))
+    tome = [thresholds for thresholds in with_tome if thresholds.reducers]
+    assert [(one.merge, one.exits) for one in tome] == [((), ()), ((0.5,), ())]
     halting = [thresholds for thresholds in tried if thresholds.exits]
     others = other_spares(tried, search)
     assert [(one.merge, one.exits, 0) for one in halting] == [
@@ -215,7 +218,7 @@ def test_a_file_that_is_no_cache_is_refused(
         calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
 
 
-def test_a_model_without_exits_gets_points_of_merging(
+def test_a_model_merging_alone_gets_points_of_merging(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     # Large enough that merging saves more than the policy costs.
@@ -225,3 +228,25 @@ def test_a_model_without_exits_gets_points_of_merging(
     report = calibrate(model, folder, tmp_path / "notes.json", search=SEARCH)
     assert report["exits"] == {} and model.config.points
     assert all(not point.thresholds.exits for point in model.config.points)
+
+
+def test_a_reducer_can_be_what_pays_and_is_saved_with_the_model(
+    tiny_model: TinyModel, folder: LabelledFolder, tmp_path: Path
+) -> None:
+    """A model without exits, whose ToMe is searched in three strengths."""
+    model = tiny_model(exits=())
+    texts = tuple(f"tome:share={share}" for share in (0.0, 0.2, 0.5))
+    search = Search(prices=(0.5,), reducers=texts, sample=2, confirm=9)
+    calibrate(model, folder, tmp_path / "notes.json", search=search)
+    points = model.config.points
+    (tome,) = {point.thresholds.reducers for point in points[:1]}
+    assert tome == ("tome:share=0.5",), "the cheapest of all"
+    model.save_pretrained(tmp_path / "model")
+    again = load(str(tmp_path / "model"))
+    assert again.config.points == points
+    assert points[0].fixed is not None and points[0].fixed.budget.reducers == tome
+    image, _ = folder[0]
+    one, other = (used.segment(image, max_loss=100) for used in (model, again))
+    assert (one.labels == other.labels).all() and one.cost == other.cost
+    cost = model.costs.dense((image.shape[1], image.shape[2]))
+    assert one.cost.total < cost.total and one.cost.reducers > 0

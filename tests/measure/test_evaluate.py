@@ -65,7 +65,7 @@ def test_the_report_is_complete_and_plain_json(model: Segmenter, folder: Labelle
     for half in (found["dense"], found["reduced"]):
         assert set(half) == {
             *("miou", "iou", "accuracy", "boundary_iou", "tokens"),
-            *("halted_share", "gmac", "seconds"),
+            *("halted_share", "gmac", "seconds", "shares"),
         }
         assert tuple(half["iou"]) == CLASSES
         assert set(half["tokens"]) == {"grid", "start", "end", "p95"}

@@ -29,7 +29,6 @@ from tokenstep.measure.speed import (
     with_backbone,
 )
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.tome import ToMe
 
 
 @pytest.fixture
@@ -223,7 +222,8 @@ def test_large_figures_stay_whole_in_80_columns() -> None:
 def test_other_reducers_are_timed_in_the_place_of_step(
     model: Segmenter, photos: list[Path]
 ) -> None:
-    rows = bench(model, photos, Case((48, 64), 1), DENSE, reducers=[ToMe(share=0.3)], seconds=0.0)
+    tome = Thresholds(reducers=("tome:share=0.3",))
+    rows = bench(model, photos, Case((48, 64), 1), tome, seconds=0.0)
     dense, tome = rows[:2]
     assert tome["method"] == "tome:share=0.3"
     assert tome["gmac"] < dense["gmac"]

@@ -182,7 +182,7 @@ def test_a_trunk_whose_compute_has_no_formula_is_not_trained_but_goes_on_running
 def test_merging_and_exits_each_save(tiny_model: TinyModel) -> None:
     model, image = tiny_model(depth=6, exits=(1, 2)), torch.rand(3, 96, 96)
     dense = used(model, image, DENSE).cost
-    merged = used(model, image, REDUCED.without_exits()).cost
+    merged = used(model, image, REDUCED.merging_alone()).cost
     both = used(model, image, REDUCED).cost
     assert both.blocks < merged.blocks < dense.blocks
     assert merged.embed < dense.embed and both.decoder < merged.decoder < dense.decoder

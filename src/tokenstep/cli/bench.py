@@ -1,6 +1,6 @@
 """The command that times: STEP, the dense model, and what else a user would run."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -20,7 +20,6 @@ from tokenstep.cli.options import (
     Threads,
     choose,
     load_model,
-    reducers_of,
     spending_of,
 )
 from tokenstep.errors import TokenstepError
@@ -102,19 +101,18 @@ def bench_command(
         raise typer.Exit(2)
     if not force:
         _refuse_noise(paths)
-    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(
+        network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
+    )
     if backbone is not None:
         # Exits of random weights are never sure, so they only cost.
         network, thresholds, point = (
             with_backbone(network, backbone),
-            thresholds.without_exits(),
+            replace(thresholds, exits=()),
             None,
         )
     by_hand = merge is not None or exits is not None
     spending = spending_of(network, budget, thresholds, point, by_hand=by_hand)
-    spending, reducers = reducers_of(network, reducer, spending, exits)
-    if reducers:
-        point = None
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
@@ -124,7 +122,6 @@ def bench_command(
                     paths,
                     case,
                     spending,
-                    reducers=reducers,
                     runtimes=runtimes,
                     seconds=seconds,
                 )
@@ -136,7 +133,7 @@ def bench_command(
         "model": model,
         "backbone": backbone,
         "precision": precision.value,
-        "settings": asdict(spending) | {"reducers": reducer or []},
+        "settings": asdict(spending),
         "point": point and point.report(),
         "pictures": len(paths),
         "growth": grown,

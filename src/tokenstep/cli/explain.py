@@ -14,6 +14,7 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Names,
+    Reducers,
     Side,
     Threads,
     choose,
@@ -53,6 +54,7 @@ def explain_command(
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
+    reducer: Reducers = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -77,7 +79,9 @@ def explain_command(
     require_writable(out)
     folder = None if data is None else LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(
+        network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
+    )
     head = header(model, network.config, thresholds, point)
     title = f"Where the tokens of {model} go"
     if folder is None:
@@ -187,6 +191,8 @@ def _intro(thresholds: Thresholds, point: OperatingPoint | None) -> str:
         ", ".join(map(str, values)) or "off" for values in (thresholds.merge, thresholds.exits)
     )
     text = f"Merge thresholds: {merge}. Exit thresholds: {exits}."
+    if thresholds.reducers:
+        text += f" Reducers: {', '.join(thresholds.reducers)}."
     return text if point is None else f"{text} At this {summary.promise(point)}."
 
 

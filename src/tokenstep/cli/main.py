@@ -22,6 +22,7 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Overrides,
+    Reducers,
     Side,
     Threads,
     choose,
@@ -112,6 +113,7 @@ def segment(
     max_loss: MaxLoss = None,
     merge: Merge = None,
     exits: Exits = None,
+    reducer: Reducers = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -128,7 +130,9 @@ def segment(
     wanted = max_side_of(max_side, tile=tile)
     paths, entries = _find(pictures, out)
     network = load_model(model, device, threads)
-    thresholds, point = choose(network, dense=dense, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(
+        network, dense=dense, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
+    )
     if tile is not None:
         require_side(network, tile)
     require_writable(out)

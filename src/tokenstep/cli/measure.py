@@ -20,7 +20,7 @@ from tokenstep.cli.options import (
     choose,
     load_model,
     numbers,
-    reducers_of,
+    require_reducers,
     spending_of,
 )
 from tokenstep.errors import TokenstepError
@@ -70,16 +70,17 @@ def evaluate_command(
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
-    thresholds, point = choose(network, max_loss=max_loss, merge=merge, exits=exits)
+    thresholds, point = choose(
+        network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
+    )
     by_hand = merge is not None or exits is not None
     spending = spending_of(network, budget, thresholds, point, by_hand=by_hand)
-    spending, reducers = reducers_of(network, reducer, spending, exits)
-    method = Method(spending, source, tolerance, reducers=reducers)
+    method = Method(spending, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         measured = evaluate(network, folder, method, on_picture=lambda: progress.advance(task))
     head = {"model": model, "data": data.resolve().name, "split": split}
-    report = {**head, **measured, "point": None if reducers or point is None else point.report()}
+    report = {**head, **measured, "point": point and point.report()}
     if printed:
         print(as_json(report))
         return
@@ -108,6 +109,10 @@ def calibrate_command(
     bars: Annotated[str, typer.Option(help="Confidences at which tokens halt.")] = ",".join(
         map(str, Search.bars)
     ),
+    reducer: Annotated[
+        list[str] | None,
+        typer.Option(help="Search this reducer in the place of the exits too; may be repeated."),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in fp16.")] = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -124,10 +129,15 @@ def calibrate_command(
     from tokenstep.train.run_folder import card_of
 
     search = Search(
-        numbers("--prices", prices), numbers("--bars", bars), sample=sample, confirm=confirm
+        numbers("--prices", prices),
+        numbers("--bars", bars),
+        reducers=tuple(reducer or []),
+        sample=sample,
+        confirm=confirm,
     )
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
+    require_reducers(network, search.reducers)
     with held(out), progress_bar() as progress:
         tasks = {
             name: progress.add_task(name, total=None) for name in ("search", "confirm", "budgets")
@@ -185,7 +195,7 @@ def compare_command(
     folder = LabelledFolder(data, split, names=names)
     network = load_model(model, device, threads)
     thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
-    _, reducers = reducers_of(network, reducer, thresholds)
+    require_reducers(network, reducer or [])
     rivalled = [network.config.at(loss)[0] for loss in rivals or []]
     require_same_classes(network, folder)
     warnings = empty_classes(folder)
@@ -196,7 +206,7 @@ def compare_command(
             network,
             folder,
             thresholds,
-            reducers=reducers,
+            reducers=tuple(reducer or []),
             others=others,
             rivalled=rivalled,
             on_picture=lambda: progress.advance(task),

@@ -1,6 +1,7 @@
 """Options that several commands share, and what they stand for."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,6 @@ from tokenstep.from_dict import from_dict
 if TYPE_CHECKING:
     from tokenstep.data.scaling import MaxSide
     from tokenstep.model.segmenter import Segmenter
-    from tokenstep.reducers.base import Reducer
 
 Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
 ModelName = Annotated[
@@ -117,12 +117,22 @@ def choose(
     max_loss: float | None = None,
     merge: str | None = None,
     exits: str | None = None,
+    reducer: list[str] | None = None,
 ) -> tuple[Thresholds, OperatingPoint | None]:
     """The settings that the options ask for, and the operating point that they are, if one.
+
+    Reducers stand in the place of the exits and of other reducers; merging by the policy stays.
 
     Raises:
         TokenstepError: the options contradict each other or do not fit the model.
     """
+    if reducer:
+        if dense or exits is not None:
+            wrong = "--dense" if dense else "--exits"
+            raise TokenstepError(f"--reducer: stands in the place of the exits; leave out {wrong}")
+        thresholds, _ = choose(model, max_loss=max_loss, merge=merge)
+        require_reducers(model, reducer)
+        return replace(thresholds.merging_alone(), reducers=tuple(reducer)), None
     by_hand = merge is not None or exits is not None
     if dense and (by_hand or max_loss is not None):
         raise TokenstepError("--dense: leave out --max-loss, --merge and --exits")
@@ -175,6 +185,28 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
         raise TokenstepError(f"{option} {text}: give {wanted}") from error
 
 
+def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
+    """Refuse what ``--reducer`` asks for if there is no such reducer, or it would never act.
+
+    Raises:
+        TokenstepError: names the option and the remedy.
+    """
+    from tokenstep.reducers.named import reducer_of
+
+    depth = len(model.encoder.blocks)
+    for text in texts:
+        try:
+            reducer = reducer_of(text)
+        except TokenstepError as fault:
+            raise TokenstepError(f"--{fault}") from fault
+        blocks = getattr(reducer, "blocks", ())
+        if blocks and min(blocks) > depth:
+            raise TokenstepError(
+                f"--reducer {text}: acts in the blocks {blocks} of a model that has {depth}: name "
+                "some of these, as blocks=[1,2]"
+            )
+
+
 def spending_of(
     model: "Segmenter",
     budget: str | None,
@@ -193,6 +225,10 @@ def spending_of(
     """
     if budget is None:
         return thresholds
+    if thresholds.reducers:
+        raise TokenstepError(
+            '--budget: names reducers itself, as in its "reducers"; leave out --reducer'
+        )
     if by_hand:
         raise TokenstepError("--budget: says what merges and halts; leave out --merge and --exits")
     if budget == "point":
@@ -212,37 +248,3 @@ def spending_of(
     given = from_dict(Budget, read, budget)
     model.config.check(given)
     return given
-
-
-def reducers_of(
-    model: "Segmenter",
-    texts: list[str] | None,
-    spending: Spending,
-    exits: str | None = None,
-) -> "tuple[Spending, tuple[Reducer, ...]]":
-    """What ``--reducer`` asks for: the spending without exits, and the reducers in order.
-
-    Merging by the policy stays. ``exits`` is what ``--exits`` says beside it.
-
-    Raises:
-        TokenstepError: there is no such reducer, it would never act, or exits are asked for too.
-    """
-    if not texts:
-        return spending, ()
-    if exits is not None:
-        raise TokenstepError("--reducer: stands in the place of the exits; leave out --exits")
-    from tokenstep.reducers.named import reducer_of
-
-    try:
-        reducers = tuple(map(reducer_of, texts))
-    except TokenstepError as fault:
-        raise TokenstepError(f"--{fault}") from fault
-    depth = len(model.encoder.blocks)
-    for text, reducer in zip(texts, reducers, strict=True):
-        blocks = getattr(reducer, "blocks", ())
-        if blocks and min(blocks) > depth:
-            raise TokenstepError(
-                f"--reducer {text}: acts in the blocks {blocks} of a model that has {depth}: name "
-                "some of these, as blocks=[1,2]"
-            )
-    return spending.without_exits(), reducers

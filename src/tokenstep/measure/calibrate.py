@@ -133,7 +133,7 @@ def add_budgets(
     points = []
     for index, point in enumerate(model.config.points):
         progress("budgets", index, len(model.config.points))
-        budget = budget_of(reports[point.thresholds], point.thresholds.spare)
+        budget = budget_of(reports[point.thresholds], point.thresholds)
         report = cache.measure(budget, folder)
         fixed = MeasuredBudget(
             budget=budget,
@@ -145,20 +145,21 @@ def add_budgets(
     model.config = dataclasses.replace(model.config, points=tuple(points))
 
 
-def budget_of(report: dict[str, Any], spare: int) -> Budget:
-    """The budget whose shares are the means of a report."""
+def budget_of(report: dict[str, Any], thresholds: Thresholds) -> Budget:
+    """The budget whose shares are the means of the report of ``thresholds``."""
     shares = {
         part: {key: round(share, 5) for key, share in report["shares"][part].items() if share}
         for part in ("merge", "exits")
     }
     shares["merge"].pop("1", None)  # patches that stay alone
-    return from_dict(Budget, {**shares, "spare": spare}, "budget")
+    other = {"spare": thresholds.spare, "reducers": thresholds.reducers}
+    return from_dict(Budget, shares | other, "budget")
 
 
 def combinations(
     merges: Sequence[tuple[float, ...]], exits: int, search: Search
 ) -> list[Thresholds]:
-    """Every set of merge thresholds with every set of exit thresholds, but not dense.
+    """Every set of merge thresholds with every set of exit thresholds or reducer, but not dense.
 
     A set of exit thresholds holds one threshold for the last 1, 2, ... all of ``exits`` exits. The
     exits before have the threshold 1, which no confidence passes.
@@ -169,14 +170,13 @@ def combinations(
         for idle in range(exits)
         for threshold in search.bars
     ]
-    every = [
-        Thresholds(merge, exit_set, search.spares[0])
-        for merge in ((), *merges)
-        for exit_set in exit_sets
-    ]
-    return [
-        thresholds for thresholds in dict.fromkeys(every) if thresholds.merge or thresholds.exits
-    ]
+    spare = search.spares[0]
+    every = []
+    for merge in ((), *merges):
+        every += [Thresholds(merge, exit_set, spare) for exit_set in exit_sets]
+        every += [Thresholds(merge, (), spare, (reducer,)) for reducer in search.reducers]
+    dense = Thresholds(spare=spare)
+    return [thresholds for thresholds in dict.fromkeys(every) if thresholds != dense]
 
 
 def other_spares(thresholds: Sequence[Thresholds], search: Search) -> list[Thresholds]:

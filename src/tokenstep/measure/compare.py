@@ -1,6 +1,7 @@
 """Compare methods that cost less than dense on a labelled split, all on each picture in turn."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
 from tokenstep.measure.rivals import RIVALS, gmac_of, rivals_at
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.base import Reducer
-from tokenstep.reducers.named import REDUCERS, text_of
+from tokenstep.reducers.named import REDUCERS
 
 SCALES = (0.75, 0.5)  # of the picture's sides: what a user would try first
 
@@ -23,7 +23,7 @@ def compare(
     folder: LabelledFolder,
     thresholds: Thresholds,
     *,
-    reducers: tuple[Reducer, ...] = (),
+    reducers: tuple[str, ...] = (),
     others: Sequence[tuple[str, Segmenter]] = (),
     rivalled: Sequence[Thresholds] = (),
     on_picture: Callable[[], None] = lambda: None,
@@ -41,8 +41,7 @@ def compare(
     """
     methods = methods_of(model, folder, thresholds)
     if reducers:
-        name = " ".join(map(text_of, reducers))
-        methods[name] = Method(thresholds.without_exits(), reducers=reducers)
+        methods[" ".join(reducers)] = Method(replace(thresholds.merging_alone(), reducers=reducers))
     for spent in rivalled:
         methods |= rivalling(model, folder, spent)
     reports = measure(model, folder, list(methods.values()), on_picture=on_picture)
@@ -69,7 +68,7 @@ def methods_of(
     for scale in SCALES:
         methods[f"dense at {scale:g} x the sides"] = Method(scale=scale)
     if thresholds.merge:
-        merging = thresholds.without_exits()
+        merging = thresholds.merging_alone()
         tolerance = oracle_tolerance(model, folder.thinned(20), merging)
         methods["random partition"] = Method(merging, "random")
         methods["learned partition (merging alone)"] = Method(merging)

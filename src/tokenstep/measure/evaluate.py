@@ -1,14 +1,13 @@
 """Measure a model on a labelled split: dense and reduced, side by side."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from tokenstep.data.faults import empty_classes
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure, require_same_classes
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.named import text_of
 
 
 def evaluate(
@@ -31,11 +30,10 @@ def evaluate(
     warnings = empty_classes(folder)
     methods = {"dense": Method(), "reduced": method} if dense else {"reduced": method}
     halves = measure(model, folder, list(methods.values()), on_picture=on_picture)
-    settings = asdict(replace(method, reducers=()))
-    reducers = [text_of(reducer) for reducer in method.reducers]
+    settings = asdict(method)
     return {
         "images": len(folder),
-        "settings": settings.pop("spending") | settings | {"reducers": reducers},
+        "settings": settings.pop("spending") | settings,
         "warnings": warnings,
         **dict(zip(methods, halves, strict=True)),
     }

@@ -20,7 +20,6 @@ from tokenstep.measure.settings import PartitionSource
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword
-from tokenstep.reducers.base import Reducer
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Method:
     labels, and a superpatch may hold the share ``tolerance`` of other classes. ``random`` moves
     the superpatches of the policy's partition to random places, drawn from ``seed``.
 
-    The sides of a picture are multiplied by ``scale``. The label map is scaled back. ``reducers``
-    run beside what ``spending`` turns on.
+    The sides of a picture are multiplied by ``scale``. The label map is scaled back.
 
     Raises:
         TokenstepError: an oracle with another scale than 1.
@@ -43,7 +41,6 @@ class Method:
     tolerance: float = 0.0
     seed: int = 0
     scale: float = 1.0
-    reducers: tuple[Reducer, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scale != 1 and self.partition == "oracle":
@@ -108,7 +105,6 @@ def segment_with(
         [read],
         **as_keyword(method.spending),
         partition=_partition(model, read, label, method=method, generator=generator),
-        reducers=method.reducers,
     )
     if method.scale == 1:
         return result

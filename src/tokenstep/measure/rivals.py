@@ -3,41 +3,50 @@
 from collections.abc import Callable
 from functools import partial
 
-from tokenstep.config import Budget
+from tokenstep.config import Budget, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.reducers.evit import EViT
-from tokenstep.reducers.random_drop import RandomDrop
-from tokenstep.reducers.tome import ToMe
 
-NEAR = 0.002  # share of the cost within which two costs are equal
+NEAR = 0.002  # share of a cost within which the search for it ends
+CLOSE = 0.02  # share of a cost within which another is called equal
 ROUNDS = 12  # that halve the interval of strengths
 
 
-def _tome(strength: float) -> Method:
-    return Method(reducers=(ToMe(share=strength / 2),))
+def _tome(model: Segmenter, strength: float) -> Method:
+    return _by(f"tome:share={strength / 2:.5f}")
 
 
-def _evit(strength: float) -> Method:
-    return Method(reducers=(EViT(keep=1 - 0.99 * strength),))
+def _evit(model: Segmenter, strength: float) -> Method:
+    return _by(f"evit:{_third_parts(model)},keep={1 - 0.99 * strength:.5f}")
 
 
-def _evit_dropping(strength: float) -> Method:
-    return Method(reducers=(EViT(keep=1 - 0.99 * strength, fuse=False),))
+def _evit_dropping(model: Segmenter, strength: float) -> Method:
+    return _by(f"evit:{_third_parts(model)},keep={1 - 0.99 * strength:.5f},fuse=false")
 
 
-def _random_drop(strength: float) -> Method:
-    return Method(reducers=(RandomDrop(share=strength / 2),))
+def _random_drop(model: Segmenter, strength: float) -> Method:
+    return _by(f"random:share={strength / 2:.5f}")
 
 
-def _cts(strength: float) -> Method:
+def _cts(model: Segmenter, strength: float) -> Method:
     """Content-aware token sharing (CVPR 2023): a fixed number of 2x2 superpatches, no others."""
-    return Method(Budget(merge={2: strength}))
+    return Method(Budget(merge={2: strength} if 2 in model.config.policy.sizes else {}))
 
 
-# A rival by its strength, 0 (nothing is reduced) to 1 (all that it can).
-RIVALS: dict[str, Callable[[float], Method]] = {
+def _by(text: str) -> Method:
+    return Method(Thresholds(reducers=(text,)))
+
+
+def _third_parts(model: Segmenter) -> str:
+    """EViT's blocks 4, 7 and 10 of 12, as deep in a model of another depth."""
+    depth = len(model.encoder.blocks)
+    blocks = dict.fromkeys(1 + depth * quarter // 4 for quarter in (1, 2, 3))
+    return f"blocks={[*blocks]}"
+
+
+# A rival by a model and its strength, 0 (nothing is reduced) to 1 (all that it can).
+RIVALS: dict[str, Callable[[Segmenter, float], Method]] = {
     "ToMe": _tome,
     "EViT, fused": _evit,
     "EViT, dropped": _evit_dropping,
@@ -53,19 +62,20 @@ def rivals_at(model: Segmenter, folder: LabelledFolder, wanted: float) -> dict[s
     """
     methods = {}
     for name, rival in RIVALS.items():
-        if name == "CTS" and 2 not in model.config.policy.sizes:
-            continue
-        costs = partial(_gmac_at, model, folder, rival)
-        strength, gmac = strength_at(costs, wanted)
-        nearest = "" if abs(gmac / wanted - 1) < 0.02 else ", its nearest"
-        methods[f"{name} at {wanted:.1f} GMAC{nearest}"] = rival(strength)
+        strength, gmac = strength_at(partial(_gmac_at, model, folder, rival), wanted)
+        close = abs(gmac / wanted - 1) < CLOSE
+        where = f"at {gmac:.1f} GMAC" if close else f"at its nearest, {gmac:.1f} GMAC"
+        methods[f"{name} {where}"] = rival(model, strength)
     return methods
 
 
 def _gmac_at(
-    model: Segmenter, folder: LabelledFolder, rival: Callable[[float], Method], strength: float
+    model: Segmenter,
+    folder: LabelledFolder,
+    rival: Callable[[Segmenter, float], Method],
+    strength: float,
 ) -> float:
-    return gmac_of(model, folder, rival(strength))
+    return gmac_of(model, folder, rival(model, strength))
 
 
 def gmac_of(model: Segmenter, folder: LabelledFolder, method: Method) -> float:

@@ -30,6 +30,8 @@ class Search:
 
     ``spares``: how many of the surest tokens of each class stay in a picture as context.
 
+    ``reducers``: other reducers by name and strength, each tried in the place of the exits.
+
     The search measures all combinations with the first of ``spares`` on ``sample`` pictures. It
     measures those that none beats with the other spares too. The best ``confirm`` settings are
     then measured on all pictures.
@@ -38,5 +40,6 @@ class Search:
     prices: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     bars: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.98)
     spares: tuple[int, ...] = (5, 0, 20)
+    reducers: tuple[str, ...] = ()
     sample: int = 20
     confirm: int = 36

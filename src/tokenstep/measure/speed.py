@@ -26,8 +26,6 @@ from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword
-from tokenstep.reducers.base import Reducer
-from tokenstep.reducers.named import text_of
 from tokenstep.runtimes.dense import MakeRuntime, Runtime
 
 SCOPES = ("model", "end_to_end")
@@ -55,15 +53,14 @@ def bench(
     case: Case,
     spending: Spending,
     *,
-    reducers: Sequence[Reducer] = (),
     runtimes: Mapping[str, MakeRuntime] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
     """Time each method in each scope and give one row for each, dense first.
 
-    The methods are those of :func:`methods_of`, of which STEP's may have other ``reducers``, and
-    the dense model in each of ``runtimes``. They take turns for ``seconds`` each, or for one
-    round. Pictures are cut to the shape of the case and scaled down, never up.
+    The methods are those of :func:`methods_of`, and the dense model in each of ``runtimes``. They
+    take turns for ``seconds`` each, or for one round. Pictures are cut to the shape of the case
+    and scaled down, never up.
 
     The scope "model" begins with uint8 pictures in memory and "end_to_end" with files. Both end
     with label maps in memory. ``speedup`` and ``compute_ratio`` are against the dense row of the
@@ -76,7 +73,7 @@ def bench(
     """
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
-    methods = methods_of(model, case, spending, reducers)
+    methods = methods_of(model, case, spending)
     measured = tuple(methods)
     for name, make in runtimes.items():
         methods[name] = _in_runtime(make(model, case.size, case.batch), device)
@@ -125,22 +122,18 @@ def relative_to(dense: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def methods_of(
-    model: Segmenter, case: Case, spending: Spending, reducers: Sequence[Reducer] = ()
-) -> dict[str, SegmentBatch]:
+def methods_of(model: Segmenter, case: Case, spending: Spending) -> dict[str, SegmentBatch]:
     """Every method of ``model`` itself for a case, by its name; dense is the first.
 
-    The one of ``spending`` is called STEP, or by the names of its ``reducers``.
+    The one of ``spending`` is called STEP, or by its reducers.
     """
     half = [max(1, side // 2) for side in case.size]
     step = "STEP by budget" if isinstance(spending, Budget) else "STEP"
-    name = " ".join(map(text_of, reducers)) or step
+    name = " ".join(spending.reducers) or step
 
-    def at(spending: Spending, reducers: Sequence[Reducer] = ()) -> SegmentBatch:
+    def at(spending: Spending) -> SegmentBatch:
         def segment(pictures: Sequence[Tensor]) -> BatchCost:
-            return _cost_of(
-                model.segment_batch(pictures, **as_keyword(spending), reducers=reducers)
-            )
+            return _cost_of(model.segment_batch(pictures, **as_keyword(spending)))
 
         return segment
 
@@ -157,7 +150,7 @@ def methods_of(
         cost = _cost_of(results)
         return replace(cost, stages={"scale": scaling} | cost.stages)
 
-    return {"dense": at(DENSE), name: at(spending, reducers), "dense at 0.5 x the sides": at_half}
+    return {"dense": at(DENSE), name: at(spending), "dense at 0.5 x the sides": at_half}
 
 
 def _in_runtime(runtime: Runtime, device: torch.device) -> SegmentBatch:

@@ -28,7 +28,7 @@ from tokenstep.model.normalise import Normalise
 from tokenstep.model.renamed import renamed, with_new_keys
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import Segmented, token_uses
-from tokenstep.model.spending import plan_of, pruning_of
+from tokenstep.model.spending import plan_of, reducers_of, require_reducers
 from tokenstep.model.stage_timer import StageTimer
 from tokenstep.model.weight_files import load_weights, save_weights
 from tokenstep.policies.batch import features_on_grids, partition_by, policy_features
@@ -51,6 +51,7 @@ class Segmenter(
     # its own conversion knows neither nested settings nor tuples.
     def __init__(self, config: "ModelConfig", parts: Parts) -> None:
         super().__init__()
+        require_reducers([config.thresholds, *(point.thresholds for point in config.points)])
         self.config = config
         self.patch = parts.tokenise.patch
         self.normalise = Normalise(config.mean, config.std)
@@ -86,7 +87,8 @@ class Segmenter(
         They are uint8, or float in 0..1. ``thresholds`` default to the model's own; a ``budget``
         takes their place; ``partition (B, H, W)`` replaces the policy's; ``unmerged (B,)`` is a
         mask of pictures that keep all of their patches (training runs some of them so);
-        ``reducers`` are asked in each block, at their own site, before the exits are.
+        ``reducers`` are asked in each block, at their own site, before those that
+        ``thresholds`` name and before the exits.
 
         Raises:
             TokenstepError: the policy's scores are not finite.
@@ -106,8 +108,8 @@ class Segmenter(
         tokens = self.tokenise(
             normal, partition, features_on_grids(self.policy, seen) if context else None
         )
-        pruning = pruning_of(spending, self.exits, self.config.temperatures)
-        tokens, trace = self.encoder(tokens, [*reducers, *pruning])
+        own = reducers_of(spending, self.exits, self.config.temperatures)
+        tokens, trace = self.encoder(tokens, [*reducers, *own])
         return Segmented(
             tokens=tokens,
             logits=self.decoder(tokens),
@@ -196,8 +198,8 @@ class Segmenter(
         """:meth:`segment` for a list, never scaled; times are the batch's, over its pictures.
 
         ``partition (B, H, W)`` replaces the policy's, for comparisons; ``reducers`` are asked
-        in each block before the exits are, and may just look on. ``settings`` is the former
-        name of ``thresholds``.
+        in each block before those of ``thresholds`` and the exits, and may just look on.
+        ``settings`` is the former name of ``thresholds``.
         """
         thresholds = renamed("settings", settings, "thresholds", thresholds)
         if not pictures:
@@ -288,7 +290,11 @@ class Segmenter(
                 )
             )
         where = f"{model_id}/{CONFIG}"
-        model = cls.build(from_dict(ModelConfig, with_new_keys(config, where), where))
+        settings = from_dict(ModelConfig, with_new_keys(config, where), where)
+        try:
+            model = cls.build(settings)
+        except TokenstepError as fault:
+            raise TokenstepError(f"{where}: {fault}") from fault
         load_weights(model, path)
         return model.eval()
 

@@ -1,13 +1,15 @@
-"""Thresholds or a budget -> how superpatches are chosen, and how tokens halt."""
+"""Thresholds or a budget -> how superpatches are chosen, and which reducers are asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from tokenstep.config import Budget, Spending
 from tokenstep.core.partition import Plan, by_share, by_threshold
+from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.exit_heads import ExitHeads
 from tokenstep.reducers.exits import BudgetPruning, EarlyPruning, Pruning
+from tokenstep.reducers.named import reducer_of
 
 
 def plan_of(spending: Spending, sizes: Sequence[int]) -> Plan | None:
@@ -18,6 +20,29 @@ def plan_of(spending: Spending, sizes: Sequence[int]) -> Plan | None:
     if not spending.merge:
         return None
     return partial(by_threshold, sizes=sizes, thresholds=spending.merge)
+
+
+def reducers_of(
+    spending: Spending, exits: ExitHeads, temperatures: Sequence[float]
+) -> list[Reducer]:
+    """The reducers in the order in which they are asked, the one of the exits last.
+
+    Raises:
+        TokenstepError: a reducer's text names none, or a setting of it is out of range.
+    """
+    reducers = [reducer_of(text) for text in spending.reducers]
+    return [*reducers, *pruning_of(spending, exits, temperatures)]
+
+
+def require_reducers(spendings: Iterable[Spending]) -> None:
+    """Refuse spending of which a reducer's text names none.
+
+    Raises:
+        TokenstepError: as :func:`reducers_of`.
+    """
+    for spending in spendings:
+        for text in spending.reducers:
+            reducer_of(text)
 
 
 def pruning_of(

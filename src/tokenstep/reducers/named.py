@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from typing import Any, cast
+from typing import Any
 
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
@@ -36,27 +36,3 @@ def reducer_of(text: str) -> Reducer:
         ) from error
     reducer: Reducer = from_dict(kind, given, f"reducer {name}")
     return reducer
-
-
-def text_of(reducer: Reducer) -> str:
-    """What :func:`reducer_of` reads as this reducer; settings at their defaults are left out.
-
-    One that has no name in ``REDUCERS`` is told as Python prints it.
-    """
-    names = [name for name, kind in REDUCERS.items() if type(reducer) is kind]
-    if not names:
-        return repr(reducer)
-    settings = [
-        f"{field.name}={_toml(getattr(reducer, field.name))}"
-        for field in dataclasses.fields(cast(Any, reducer))
-        if getattr(reducer, field.name) != field.default
-    ]
-    return ":".join([names[0], *([",".join(settings)] if settings else [])])
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ",".join(map(_toml, value)) + "]"
-    return repr(value)
