@@ -14,7 +14,6 @@ from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.model import cost
 from tokenstep.model.cost import Cost
-from tokenstep.model.positions import resampled
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.cnn_cost import count_macs
@@ -60,11 +59,9 @@ def counted(
 
 def interpolated(model: Segmenter, images: list[torch.Tensor]) -> float:
     """GMAC of scaling the positions: interpolation is not counted, though it runs as products."""
-    maps = model.tokenise.position_maps()
-    assert maps is not None
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for grid in {grid_of(image.shape[-2:], model.patch) for image in images}:
-            resampled(maps, grid)
+            assert model.encoder.host.positions(grid) is not None
     return counter.get_total_flops() / 2e9
 
 

@@ -17,9 +17,10 @@ from tokenstep.core import partition
 from tokenstep.core.attention import Attended
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.timm_block import BlockSettings, require_supported, run_block
-from tokenstep.hosts.timm_vit import build_vit
-from tokenstep.model.embed import LinearEmbed
+from tokenstep.hosts.base import BlockSettings
+from tokenstep.hosts.timm_block import require_supported, run_block
+from tokenstep.hosts.timm_build import build_vit
+from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.reducers.base import Decision, Halt, Merge, Site, Turn
@@ -67,12 +68,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def packed_features(vit: nn.Module, images: Tensor, settings: BlockSettings) -> Tensor:
-    tokenise = Tokeniser(vit, LinearEmbed(vit.patch_embed), sub_patches=False).eval()
+    host = TimmViT(vit)
+    tokenise = Tokeniser(host, sub_patches=False).eval()
     pictures = list(images)
     level = partition.uniform(
         [partition.grid_of(picture.shape[-2:], tokenise.patch) for picture in pictures]
     )
-    tokens, trace = Encoder(vit, settings)(tokenise(pictures, level))
+    tokens, trace = Encoder(host, settings)(tokenise(pictures, level))
     assert {sum(rows) for rows in (*trace.attention, *trace.mlp)} == {len(tokens.x)}
     return tokens.x.unflatten(0, (len(images), -1))
 
@@ -146,7 +148,7 @@ def encoder(settings: BlockSettings = PLAIN, **changes: object) -> Encoder:
     torch.manual_seed(4)
     vit = small(**{"depth": 3, **changes})
     scramble(vit)
-    return Encoder(vit, settings)
+    return Encoder(TimmViT(vit), settings)
 
 
 def run(encode: Encoder, grids: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenstep.core import partition
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.model.embed import ConvEmbed, LinearEmbed
-from tokenstep.model.positions import resampled
+from tokenstep.hosts.positions import resampled
+from tokenstep.hosts.timm_embed import ConvEmbed
+from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.supertokens import Tokeniser, owners
 
 SIZES = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=3)
@@ -23,8 +24,8 @@ def tokeniser(
     torch.manual_seed(2)
     shape = {"patch_size": patch, "img_size": (32, 48), "depth": 1, "num_classes": 0, **changes}
     vit = timm.create_model("test_vit", **shape)
-    embed = LinearEmbed(vit.patch_embed) if stem == "linear" else ConvEmbed(patch, vit.embed_dim)
-    built = Tokeniser(vit, embed, sub_patches=sub_patches)
+    host = TimmViT(vit, None if stem == "linear" else ConvEmbed(patch, vit.embed_dim))
+    built = Tokeniser(host, sub_patches=sub_patches)
     zero = built.sub_patches
     built.sub_patches = None
     torch.manual_seed(3)  # the same weights with and without that part
@@ -49,8 +50,9 @@ def one_window(build: Tokeniser, picture: Tensor, top: int, left: int, side: int
 def reference(build: Tokeniser, picture: Tensor, level: Tensor) -> Tensor:
     """Tokens of one picture, one superpatch after the other."""
     height, width = level.shape
-    prefix = build.prefix_count if build.prefix_has_position else 0
-    table = build.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, build.table_grid)
+    vit = build.host.vit
+    prefix = 0 if vit.no_embed_class else build.prefix_count
+    table = build.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, vit.patch_embed.grid_size)
     table = resampled(table, (height, width))
     rows = []
     for row in range(height):
@@ -176,7 +178,7 @@ def test_prefix_rows_are_those_of_the_vit() -> None:
     build = tokeniser(reg_tokens=2)
     tokens, _ = tokens_and_level(build)
     expected = torch.cat([build.cls_token[0], build.reg_token[0]])
-    if build.prefix_has_position:
+    if not build.host.vit.no_embed_class:
         expected = expected + build.pos_embed[0, :3]
     for start in tokens.offsets[:-1]:
         assert torch.equal(tokens.x[start : start + 3], expected)

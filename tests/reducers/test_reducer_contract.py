@@ -15,7 +15,7 @@ from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition, ragged
 from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.timm_vit import build_vit
+from tokenstep.hosts.timm_build import build_vit
 from tokenstep.model.segmented import Segmented
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.base import Merge, Reducer, Site, Turn

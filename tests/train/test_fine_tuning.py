@@ -14,7 +14,7 @@ from training import POLICY, VIT, policy_recipe, segmenter_recipe
 
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.pretrained import find_weights
-from tokenstep.hosts.timm_vit import published_vit
+from tokenstep.hosts.timm_build import published_vit
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.dcts import Policy
 from tokenstep.train.precision import settled

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenstep.hosts.timm_vit import build_vit
+from tokenstep.hosts.timm_build import build_vit
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, read_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

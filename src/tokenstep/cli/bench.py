@@ -126,7 +126,7 @@ def bench_command(
                     seconds=seconds,
                 )
     grown = growth(rows)
-    weight: torch.Tensor = cast(Any, network.encoder.blocks[0]).mlp.fc1.weight
+    weight: torch.Tensor = cast(Any, network.encoder.blocks)[0].mlp.fc1.weight
     report = {
         "tokenstep": __version__,
         "machine": {**description(place), "gemm_gmac_per_second": gemm_rate(weight)},

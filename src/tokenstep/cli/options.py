@@ -193,7 +193,7 @@ def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
     """
     from tokenstep.reducers.named import reducer_of
 
-    depth = len(model.encoder.blocks)
+    depth = len(model.encoder.host.blocks)
     for text in texts:
         try:
             reducer = reducer_of(text)

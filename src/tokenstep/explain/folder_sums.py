@@ -29,7 +29,7 @@ class FolderSums:
         self.names = model.config.classes
         self.methods = tuple(methods)
         self.patch = model.patch
-        self.depths = [*model.exits.after, len(model.encoder.blocks)]
+        self.depths = [*model.exits.after, len(model.encoder.host.blocks)]
         # Distances from a boundary in px, up to two patches.
         self.edges = sorted({max(1, 2 * model.patch // part) for part in (1, 2, 4, 8, 16)})
         classes, columns, depths = len(self.names), 1 + len(self.methods), len(self.depths)

@@ -1,10 +1,7 @@
 """One block of a timm ViT over packed tokens, and which timm ViTs can run so."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
-import torch
 from timm.layers import (  # type: ignore[attr-defined]  # timm re-exports without saying so
     Attention,
     DropPath,
@@ -20,33 +17,15 @@ from timm.models.vision_transformer import (  # type: ignore[attr-defined]  # li
     VisionTransformer,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tokenstep.core import ragged
-from tokenstep.core.attention import Attend, Backend, biased_width
+from tokenstep.core.attention import Attend, biased_width
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-
-T = TypeVar("T")
+from tokenstep.hosts.base import BlockSettings
 
 PlainViT = VisionTransformer  # timm's own name for what this project calls a plain ViT
-
-
-@dataclass(frozen=True, slots=True)
-class BlockSettings:
-    """How blocks run over packed tokens; none of it changes a weight."""
-
-    backend: Backend = "auto"
-    size_bias: bool = False  # a supertoken weighs as much in attention as its patches
-    checkpointing: bool = False  # recompute each block in the backward pass to save memory
-
-    def run(self, half: Callable[[Tensor, T], Tensor], x: Tensor, aside: T) -> Tensor:
-        """Run one half of a block on ``x (T, D)``, now or again in the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(half, x, aside, use_reentrant=False)
-            return recomputed
-        return half(x, aside)
 
 
 class TimmBlock:
@@ -62,6 +41,11 @@ class TimmBlock:
     def heads(self) -> int:
         """Heads of its attention."""
         return int(cast(Attention, self.block.attn).num_heads)
+
+    @property
+    def first(self) -> nn.Module:
+        """The module that it runs first."""
+        return self.block.norm1
 
     def attention(self, x: Tensor, attend: Attend) -> Tensor:
         """Features ``(T, D)`` after attention."""

@@ -1,108 +1,77 @@
-"""The timm ViT that a model is built around."""
+"""A timm ViT with global attention as a host."""
 
-import math
-from functools import partial
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
-import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenstep.config import HALF, Channels, VitConfig
 from tokenstep.core.partition import Grid
-from tokenstep.data.pretrained import Published, WeightFile, load_into
-from tokenstep.hosts.timm_block import require_supported
+from tokenstep.hosts.base import Learned
+from tokenstep.hosts.positions import resampled
+from tokenstep.hosts.timm_block import PlainViT, TimmBlock, require_supported
+from tokenstep.hosts.timm_embed import LinearEmbed
 
-# Parts behind the encoder, which a segmenter does without.
-BEHIND = ("head.", "fc_norm.", "attn_pool.")
 
-
-def build_vit(config: VitConfig, weights: WeightFile | None = None) -> Any:
-    """Build timm's ViT, from ``weights`` if there are any.
-
-    timm resamples their positions and patch embedding to the grid and patch size of ``config``.
-    An untrained ViT's position table starts as sine and cosine.
+class TimmViT:
+    """A timm ViT as a host, with ``embedding`` in the place of its own patch embedding if given.
 
     Raises:
-        ValueError: timm knows no such model, it does not take the given overrides, or it has a
-            part that packed tokens cannot run, by name.
-        TokenstepError: the weights lack a part that is used, or do not fit.
+        ValueError: the ViT has a part that packed tokens cannot run, by name.
     """
-    _require_known(config.name)
-    overrides: dict[str, Any] = {
-        "patch_size": config.patch,
-        "depth": config.depth,
-        "img_size": config.image_size,
-        "drop_path_rate": config.drop_path,
-    }
-    given = {key: value for key, value in overrides.items() if value is not None}
-    create = partial(timm.create_model, config.name, num_classes=0, **given)
-    try:
-        vit: Any = create(pretrained=False)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"backbone {config.name!r} cannot be built with {', '.join(given)} ({reason}): choose "
-            "a plain ViT, see timm.list_models('vit_*')"
-        ) from error
-    require_supported(vit)
-    if vit.patch_embed.num_patches < 1:
-        patch = vit.patch_embed.patch_size
-        raise ValueError(f"image_size {config.image_size} is smaller than a patch of {patch}")
-    if weights is not None:
-        unused = (*BEHIND, "patch_embed.") if config.stem == "conv" else BEHIND
-        return load_into(
-            lambda overlay: create(pretrained=True, pretrained_cfg_overlay=overlay),
-            weights,
-            unused,
-        )
-    _start_positions(vit)
-    return vit
 
+    def __init__(self, vit: PlainViT, embedding: nn.Module | None = None) -> None:
+        require_supported(vit)
+        self.vit = vit
+        self.embedding = LinearEmbed(vit.patch_embed) if embedding is None else embedding
+        self.patch = int(vit.patch_embed.patch_size[0])
+        self.margin = cast(int, self.embedding.margin)
+        self.prefix = int(vit.num_prefix_tokens)
+        self.dim = int(vit.embed_dim)
+        self.blocks = [TimmBlock(block) for block in vit.blocks]
 
-def published_vit(name: str) -> Published:
-    """What timm says of the weights of a ViT, those of the tag in ``name`` if it has one.
+    def before(self) -> Mapping[str, Learned]:
+        """What it learned for use before its blocks, by name."""
+        vit = self.vit
+        return {
+            "embed": self.embedding,
+            "cls_token": vit.cls_token,
+            "reg_token": vit.reg_token,
+            "pos_embed": vit.pos_embed,
+            "pos_drop": vit.pos_drop,
+            "norm_pre": vit.norm_pre,
+        }
 
-    Raises:
-        ValueError: timm knows no such model or no such tag.
-    """
-    _require_known(name)
-    try:
-        said = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # the part of the name behind the point
-        raise ValueError(f"backbone {name!r} is not known: {error}") from error
-    if said is None:  # a model of somebody else's, registered without weights
-        return Published(None, HALF, HALF)
-    mean, std = cast(Channels, said.mean), cast(Channels, said.std)
-    return Published(said.hf_hub_id, mean, std)
+    def behind(self) -> Mapping[str, Learned]:
+        """Its blocks and the norm behind them, by name."""
+        return {"blocks": self.vit.blocks, "norm": self.vit.norm}
 
+    def embed(self, windows: Tensor) -> Tensor:
+        """Windows ``(n, 3, k, k)``, a patch and its margin -> ``(n, D)``."""
+        return cast(Tensor, self.embedding(windows))
 
-def _require_known(name: str) -> None:
-    if not timm.is_model(name):
-        raise ValueError(f"backbone {name!r} is not a timm model, see timm.list_models('vit_*')")
+    def prefix_rows(self) -> Tensor:
+        """CLS and register rows with their positions, ``(prefix, D)``."""
+        vit = self.vit
+        parts = [part[0] for part in (vit.cls_token, vit.reg_token) if part is not None]
+        rows = torch.cat(parts)
+        if vit.pos_embed is not None and not vit.no_embed_class:
+            rows = rows + vit.pos_embed[0, : self.prefix]
+        return rows
 
+    def positions(self, grid: Grid) -> Tensor | None:
+        """Position embedding of the cells of a grid, ``(1, D, H, W)``, resampled as timm does."""
+        vit = self.vit
+        if vit.pos_embed is None:
+            return None
+        prefix = 0 if vit.no_embed_class else self.prefix
+        table = vit.pos_embed[:, prefix:].transpose(1, 2)
+        return resampled(torch.unflatten(table, 2, tuple(vit.patch_embed.grid_size)), grid)
 
-@torch.no_grad()
-def _start_positions(vit: Any) -> None:
-    """Start the position table of an untrained ViT."""
-    table = vit.pos_embed
-    if table is not None and table.shape[-1] % 4 == 0:
-        cells = vit.patch_embed.num_patches
-        # As strong as timm's random start is wide, times the few that a pattern needs.
-        table[:, -cells:] = 0.1 * sincos_positions(vit.patch_embed.grid_size, table.shape[-1])
+    def enter(self, x: Tensor) -> Tensor:
+        """Dropout and norm of rows ``(..., D)`` before the first block."""
+        return cast(Tensor, self.vit.norm_pre(self.vit.pos_drop(x)))
 
-
-def sincos_positions(grid: Grid, dim: int) -> Tensor:
-    """Fixed sine and cosine positions ``(1, H * W, D)`` to start a position table from.
-
-    Half of the channels code the row and half the column (MAE, arXiv 2111.06377).
-
-    Raises:
-        ValueError: ``dim`` is no multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(f"sine and cosine positions need a width divisible by 4, got {dim}")
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(dim // 4) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm behind the last block."""
+        return cast(Tensor, self.vit.norm(x))

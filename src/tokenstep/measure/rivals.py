@@ -40,7 +40,7 @@ def _by(text: str) -> Method:
 
 def _third_parts(model: Segmenter) -> str:
     """EViT's blocks 4, 7 and 10 of 12, as deep in a model of another depth."""
-    depth = len(model.encoder.blocks)
+    depth = len(model.encoder.host.blocks)
     blocks = dict.fromkeys(1 + depth * quarter // 4 for quarter in (1, 2, 3))
     return f"blocks={[*blocks]}"
 

@@ -1,15 +1,16 @@
 """The parts of a STEP segmenter, built from its settings: sizes live here, and nowhere else."""
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import nn
 
-from tokenstep.hosts.timm_block import BlockSettings, PlainViT
-from tokenstep.hosts.timm_vit import build_vit
+from tokenstep.hosts.base import BlockSettings
+from tokenstep.hosts.timm_block import PlainViT
+from tokenstep.hosts.timm_build import build_vit
+from tokenstep.hosts.timm_embed import ConvEmbed
+from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
-from tokenstep.model.embed import ConvEmbed, LinearEmbed
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.dcts import Policy
@@ -30,7 +31,7 @@ class Parts:
 def step_parts(config: ModelConfig, vit: PlainViT | None = None) -> Parts:
     """Build the parts of a plain ViT segmenter with dCTS and early pruning, untrained.
 
-    ``vit`` is the ViT to build around, as :func:`tokenstep.hosts.timm_vit.build_vit` makes it of
+    ``vit`` is the ViT to build around, as :func:`tokenstep.hosts.timm_build.build_vit` makes it of
     ``config.vit``, which is done here if none is given.
 
     Raises:
@@ -45,21 +46,19 @@ def step_parts(config: ModelConfig, vit: PlainViT | None = None) -> Parts:
             f"got {config.vit.exits} for {depth} blocks"
         )
     patch, dim = int(vit.patch_embed.patch_size[0]), int(vit.embed_dim)
+    host = TimmViT(vit, ConvEmbed(patch, dim) if config.vit.stem == "conv" else None)
     classes, cells = len(config.classes), config.vit.cells
     settings = BlockSettings(size_bias=config.vit.size_bias)
-    conv = config.vit.stem == "conv"
-    embed = ConvEmbed(patch, dim) if conv else LinearEmbed(vit.patch_embed)
     policy = Policy(config.policy, patch)
     tokenise = Tokeniser(
-        vit,
-        embed,
+        host,
         sub_patches=config.vit.sub_patches,
         context=policy.channels if config.vit.policy_features else 0,
     )
-    encoder = Encoder(vit, settings)
+    encoder = Encoder(host, settings)
     exits = ExitHeads(config.vit.exits, dim, classes, cells)
     decoder: nn.Module = LinearDecoder(dim, classes, cells)
     if config.vit.decoder == "mask":
-        heads = int(cast(Any, vit.blocks[0]).attn.num_heads)
+        heads = host.blocks[0].heads
         decoder = MaskDecoder(dim, classes, cells, heads=heads, settings=settings)
     return Parts(policy, tokenise, encoder, exits, decoder)

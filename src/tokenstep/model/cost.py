@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.partition import grid_of, token_counts
+from tokenstep.hosts.base import Host
 from tokenstep.hosts.timm_block import TimmBlock
 from tokenstep.model.build import Parts
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
@@ -61,12 +61,10 @@ def decoder_macs(decoder: nn.Module, rows: int) -> int:
     raise TypeError(f"no cost is known for a decoder of type {type(decoder).__name__}")
 
 
-def embed_macs(embed: nn.Module, extent: int) -> int:
-    """Multiply-adds of embedding one window of ``extent`` pixels a side."""
-    weight = next(embed.parameters())
-    return count_macs(
-        embed, torch.zeros(1, 3, extent, extent, device=weight.device, dtype=weight.dtype)
-    )
+def embed_macs(host: Host, like: Tensor) -> int:
+    """Multiply-adds of embedding one window, on the device and in the dtype of ``like``."""
+    extent = host.patch + 2 * host.margin
+    return count_macs(host.embed, like.new_zeros(1, 3, extent, extent))
 
 
 class CostCounter:
@@ -74,6 +72,7 @@ class CostCounter:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.host = parts.encoder.host
         self.size_bias = parts.encoder.settings.size_bias
 
     def of(self, segmented: Segmented, index: int) -> Cost:
@@ -93,8 +92,8 @@ class CostCounter:
                     asked.block,
                     asked.before[index],
                     asked.after[index],
-                    dim=self.parts.encoder.dim,
-                    heads=self.parts.encoder.heads,
+                    dim=self.host.dim,
+                    heads=self.host.blocks[asked.block - 1].heads,
                     prefix=segmented.prefix,
                 )
             )
@@ -114,10 +113,9 @@ class CostCounter:
 
     def dense(self, size: tuple[int, int]) -> Cost:
         """Compute of a picture of ``size`` (h, w) without scores and reducers."""
-        tokenise, blocks = self.parts.tokenise, self.parts.encoder.blocks
-        height, width = grid_of(size, tokenise.patch)
-        rows = height * width + tokenise.prefix_count
-        return self._of_rows(size, [(rows, rows)] * len(blocks), rows, scored=False)
+        height, width = grid_of(size, self.host.patch)
+        rows = height * width + self.host.prefix
+        return self._of_rows(size, [(rows, rows)] * len(self.host.blocks), rows, scored=False)
 
     def _of_rows(
         self, size: tuple[int, int], rows: Sequence[tuple[int, int]], end: int, *, scored: bool
@@ -130,12 +128,12 @@ class CostCounter:
         seen = scored or context is not None
         embed = self._embed_macs + (0 if context is None else linear_macs(context))
         blocks = sum(
-            TimmBlock(block).macs(*counts, size_bias=self.size_bias)
-            for block, counts in zip(parts.encoder.blocks, rows, strict=True)
+            block.macs(*counts, size_bias=self.size_bias)
+            for block, counts in zip(self.host.blocks, rows, strict=True)
         )
         return Cost(
             policy=(parts.policy.macs(size, scores=scored) if seen else 0) / GIGA,
-            embed=embed * (rows[0][0] - parts.tokenise.prefix_count) / GIGA,
+            embed=embed * (rows[0][0] - self.host.prefix) / GIGA,
             blocks=blocks / GIGA,
             exits=0.0,
             decoder=decoder_macs(parts.decoder, end) / GIGA,
@@ -143,5 +141,4 @@ class CostCounter:
 
     @cached_property
     def _embed_macs(self) -> int:
-        tokenise = self.parts.tokenise
-        return embed_macs(tokenise.embed, tokenise.patch + 2 * tokenise.margin)
+        return embed_macs(self.host, next(self.parts.tokenise.parameters()))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tokenstep.core import ragged
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.timm_block import BlockSettings, plain_block, run_block
+from tokenstep.hosts.base import BlockSettings
+from tokenstep.hosts.timm_block import plain_block, run_block
 
 
 class LinearDecoder(nn.Module):

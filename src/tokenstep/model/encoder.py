@@ -1,4 +1,4 @@
-"""Stage 3 of 6: PackedTokens -> PackedTokens through a ViT's blocks, reducers in between."""
+"""Stage 3 of 6: PackedTokens -> PackedTokens through a host's blocks, reducers in between."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from torch import nn
 from tokenstep.core.attention import Attend, Attended
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.timm_block import BlockSettings, PlainViT, TimmBlock, require_supported
+from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.reducers.base import Reducer, apply, staying
 
 Rows = tuple[int, ...]  # of each picture
@@ -34,19 +34,13 @@ class Trace:
 
 
 class Encoder(nn.Module):
-    """The blocks and final norm of a timm ViT, over packed tokens of any lengths.
+    """The blocks and final norm of a host, over packed tokens of any lengths."""
 
-    Raises:
-        ValueError: the ViT has a part that packed tokens cannot run, by name.
-    """
-
-    def __init__(self, vit: PlainViT, settings: BlockSettings) -> None:
+    def __init__(self, host: Host, settings: BlockSettings) -> None:
         super().__init__()
-        require_supported(vit)
-        self.blocks = vit.blocks
-        self.norm = vit.norm
-        self.dim = int(vit.embed_dim)
-        self.heads = TimmBlock(vit.blocks[0]).heads
+        self.host = host
+        for name, part in host.behind().items():
+            setattr(self, name, part)
         self.settings = settings
 
     def forward(
@@ -61,7 +55,7 @@ class Encoder(nn.Module):
         between = [reducer for reducer in reducers if reducer.site == "attention"]
         behind = [reducer for reducer in reducers if reducer.site == "block"]
         segments = Segments.of(tokens.offsets)
-        for block in map(TimmBlock, self.blocks):
+        for block in self.host.blocks:
             trace.attention.append(segments.lengths)
             cells = tokens.size if settings.size_bias else None
             attend = Attend(segments, cells=cells, backend=settings.backend, keep=bool(between))
@@ -71,7 +65,7 @@ class Encoder(nn.Module):
             tokens = tokens.with_features(settings.run(block.mlp, tokens.x, segments))
             tokens, segments = _reduced(tokens, segments, behind, trace)
         tokens = tokens.rejoined()
-        return tokens.with_features(self.norm(tokens.x)), trace
+        return tokens.with_features(self.host.norm(tokens.x)), trace
 
 
 def _reduced(

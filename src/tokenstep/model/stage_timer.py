@@ -5,7 +5,7 @@ from itertools import pairwise
 from threading import get_ident
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -31,15 +31,14 @@ class StageTimer:
         self.exit = 0  # blocks before the exit that runs, 0: none does
 
     def __enter__(self) -> Self:
-        parts, blocks = self.parts, self.parts.encoder.blocks
+        parts, blocks = self.parts, self.parts.encoder.host.blocks
         self.hooks = [
             self.normalise.register_forward_hook(self._ends("prepare")),
             parts.tokenise.register_forward_pre_hook(self._ends("policy")),
             parts.tokenise.register_forward_hook(self._ends("embed")),
             parts.exits.register_forward_pre_hook(self._exit_begins),
-            # Its first norm is the first thing that a block runs.
             *(
-                cast(Any, blocks[after]).norm1.register_forward_pre_hook(self._block_begins(after))
+                blocks[after].first.register_forward_pre_hook(self._block_begins(after))
                 for after in parts.exits.after
             ),
             parts.encoder.register_forward_hook(self._block_begins(len(blocks))),

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from tokenstep.core import ragged
 from tokenstep.core.partition import Grid, grid_of, halved, uniform
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.timm_block import PlainViT
-from tokenstep.model.positions import resampled
+from tokenstep.hosts.base import Host
 
 Places = tuple[Tensor, Tensor, Tensor]  # picture, row and column of superpatches of one side
 
@@ -25,25 +24,16 @@ BAND_WINDOWS = 128  # windows cut out at a time, 1.5 MiB of 32 x 32 px: all woul
 class Tokeniser(nn.Module):
     """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them."""
 
-    def __init__(
-        self, vit: PlainViT, embed: nn.Module, *, sub_patches: bool, context: int = 0
-    ) -> None:
+    def __init__(self, host: Host, *, sub_patches: bool, context: int = 0) -> None:
         super().__init__()
-        self.embed = embed
-        self.margin = cast(int, embed.margin)
+        self.host = host
+        for name, part in host.before().items():
+            setattr(self, name, part)
+        self.patch, self.margin, self.prefix_count = host.patch, host.margin, host.prefix
         # In whole fours, so that half of it, less what a last odd row takes, is still a border.
         self.edge = -(-self.margin // 4) * 4
-        self.patch = int(vit.patch_embed.patch_size[0])
-        self.table_grid: Grid = tuple(vit.patch_embed.grid_size)
-        self.cls_token = vit.cls_token
-        self.reg_token = vit.reg_token
-        self.pos_embed = vit.pos_embed
-        self.pos_drop = vit.pos_drop
-        self.norm_pre = vit.norm_pre
-        self.prefix_count = int(vit.num_prefix_tokens)
-        self.prefix_has_position = not vit.no_embed_class
         # Zero at the start, so that switching it on changes nothing until it is trained (APT).
-        self.sub_patches = nn.Linear(vit.embed_dim, vit.embed_dim) if sub_patches else None
+        self.sub_patches = nn.Linear(host.dim, host.dim) if sub_patches else None
         if self.sub_patches is not None:
             nn.init.zeros_(self.sub_patches.weight)
             nn.init.zeros_(self.sub_patches.bias)
@@ -52,9 +42,9 @@ class Tokeniser(nn.Module):
         if context:
             self.context = nn.Sequential(
                 nn.LayerNorm(context),
-                nn.Linear(context, vit.embed_dim),
+                nn.Linear(context, host.dim),
                 nn.GELU(),
-                nn.Linear(vit.embed_dim, vit.embed_dim),
+                nn.Linear(host.dim, host.dim),
             )
 
     @torch.no_grad()
@@ -105,15 +95,14 @@ class Tokeniser(nn.Module):
         order = anchor.argsort()
         x = torch.cat(features)
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
-        return packed.with_features(self.norm_pre(self.pos_drop(packed.x)))
+        return packed.with_features(self.host.enter(packed.x))
 
     def _by_side(
         self, pictures: Sequence[Tensor], level: Tensor, seen: Tensor | None
     ) -> Iterator[tuple[int, Tensor, Places]]:
         """Superpatches of pictures of one grid, by side: the side, features ``(n, D)``, places."""
         _, height, width = level.shape
-        maps = self.position_maps()
-        positions = None if maps is None else resampled(maps, (height, width))
+        positions = self.host.positions((height, width))
         canvas = bordered(pictures, height * self.patch, width * self.patch, self.edge)
         scaled, reached = canvas, 0
         for rank in torch.unique(level).tolist():
@@ -144,7 +133,7 @@ class Tokeniser(nn.Module):
     def _embedded(self, windows: Tensor, where: Places) -> Tensor:
         """Embed the ``windows (B, rows, columns, k, k, 3)`` at ``where``, ``(n, D)``, in bands."""
         bands = zip(*(torch.split(index, BAND_WINDOWS) for index in where), strict=True)
-        found = [self.embed(windows[band].movedim(-1, 1)) for band in bands]
+        found = [self.host.embed(windows[band].movedim(-1, 1)) for band in bands]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _windows(self, canvas: Tensor) -> Tensor:
@@ -162,16 +151,8 @@ class Tokeniser(nn.Module):
         rows = (row[:, None] * side + inner)[:, :, None]
         columns = (column[:, None] * side + inner)[:, None, :]
         patches = self._windows(canvas)[picture[:, None, None], rows, columns]
-        embedded = cast(Tensor, self.embed(patches.flatten(0, 2).movedim(-1, 1)))
+        embedded = self.host.embed(patches.flatten(0, 2).movedim(-1, 1))
         return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
-
-    def position_maps(self) -> Tensor | None:
-        """Position embedding of the cells at its own grid, ``(1, D, H0, W0)``."""
-        if self.pos_embed is None:
-            return None
-        prefix = self.prefix_count if self.prefix_has_position else 0
-        table = self.pos_embed[:, prefix:].transpose(1, 2)
-        return torch.unflatten(table, 2, self.table_grid)
 
     def _pack(
         self, x: Tensor, anchor: Tensor, size: Tensor, *, order: Tensor, level: Tensor
@@ -188,7 +169,7 @@ class Tokeniser(nn.Module):
         source = torch.empty(rows, dtype=torch.int64, device=x.device)
         source[place] = order + count
         source[prefix] = torch.arange(count, device=x.device).expand(batch, count)
-        table = torch.cat([self.prefix_rows().to(x.dtype), x]) if count else x
+        table = torch.cat([self.host.prefix_rows().to(x.dtype), x]) if count else x
         return PackedTokens(
             x=table[source],
             offsets=offsets,
@@ -196,14 +177,6 @@ class Tokeniser(nn.Module):
             anchor=torch.full_like(source, -1).index_copy(0, place, anchor),
             owner=owners(level),
         )
-
-    def prefix_rows(self) -> Tensor:
-        """CLS and register rows with their positions, ``(prefix_count, D)``."""
-        parts = [part[0] for part in (self.cls_token, self.reg_token) if part is not None]
-        prefix = torch.cat(parts)
-        if self.pos_embed is not None and self.prefix_has_position:
-            prefix = prefix + self.pos_embed[0, : self.prefix_count]
-        return prefix
 
 
 def bordered(pictures: Sequence[Tensor], height: int, width: int, edge: int) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
+from tokenstep.hosts.timm_embed import ConvEmbed, LinearEmbed
 from tokenstep.model.decoder import LinearDecoder
-from tokenstep.model.embed import ConvEmbed, LinearEmbed
-from tokenstep.model.positions import resampled
 from tokenstep.model.segmenter import Segmenter
 
 Runtime = Callable[[Tensor], Tensor]
@@ -41,13 +40,13 @@ class DenseGraph(nn.Module):
         self.grid = grid_of(size, model.patch)
         tokenise = model.tokenise
         prefix = tokenise.prefix_count
-        table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.dim)
+        table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.host.dim)
         with torch.no_grad():
-            maps = tokenise.position_maps()
+            maps = model.encoder.host.positions(self.grid)
             if maps is not None:
-                table[:, prefix:] = resampled(maps, self.grid).flatten(2).transpose(1, 2)
+                table[:, prefix:] = maps.flatten(2).transpose(1, 2)
             if prefix:
-                table[:, :prefix] = tokenise.prefix_rows()
+                table[:, :prefix] = model.encoder.host.prefix_rows()
         self.register_buffer("table", table.to(next(model.parameters())), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,10 +60,10 @@ class DenseGraph(nn.Module):
             x = x + model.tokenise.context(seen.flatten(2).transpose(1, 2))
         prefix = model.tokenise.prefix_count
         x = F.pad(x, (0, 0, prefix, 0)) + cast(Tensor, self.table)
-        x = model.tokenise.norm_pre(x)
-        for block in model.encoder.blocks:
+        x = model.encoder.host.enter(x)
+        for block in cast(nn.Sequential, model.encoder.blocks):
             x = block(x)
-        x = model.encoder.norm(x)[:, prefix:]
+        x = model.encoder.host.norm(x)[:, prefix:]
         return self.labels(cast(LinearDecoder, model.decoder).linear(x))
 
     def embedded(self, normal: Tensor) -> Tensor:

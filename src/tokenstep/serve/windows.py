@@ -94,7 +94,7 @@ def needed_bytes(model: Segmenter, pictures: Sequence[Tensor]) -> int:
     grids = [grid_of(picture.shape[-2:], model.patch) for picture in pictures]
     cells = [rows * columns for rows, columns in grids]
     numbered = len(grids) * max(rows for rows, _ in grids) * max(columns for _, columns in grids)
-    dim = model.encoder.dim
+    dim = model.encoder.host.dim
     logits = len(model.config.classes) * model.config.vit.cells**2
     floats = (FEATURES_PER_TOKEN * dim + logits) * sum(cells)
     if pick_backend(model.encoder.settings.backend, next(model.parameters())) == "padded":

@@ -171,7 +171,7 @@ class SegmenterModule(PhaseModule):
 
     def below(self, name: str) -> int:
         """A block lies below those after it, the embedding below all of them."""
-        depth = len(self.model.encoder.blocks)
+        depth = len(self.model.encoder.host.blocks)
         before, found, rest = name.partition("model.encoder.blocks.")
         if found and not before:
             return depth - 1 - int(rest.partition(".")[0])

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 
-from tokenstep.hosts.timm_vit import sincos_positions
-from tokenstep.model.positions import resampled
+from tokenstep.hosts.positions import resampled
+from tokenstep.hosts.timm_build import sincos_positions
 
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
 

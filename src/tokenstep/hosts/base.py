@@ -1,0 +1,105 @@
+"""What a host is: a ViT that somebody trained, in what packed tokens need of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenstep.core.attention import Attend, Backend
+from tokenstep.core.partition import Grid
+from tokenstep.core.ragged import Segments
+
+T = TypeVar("T")
+
+Learned = nn.Module | nn.Parameter | None
+
+
+class HostBlock(Protocol):
+    """One block of a host, in two halves, so that a reducer may act between them."""
+
+    @property
+    def heads(self) -> int:
+        """Heads of its attention."""
+        ...
+
+    @property
+    def first(self) -> nn.Module:
+        """The module that it runs first: where its time begins."""
+        ...
+
+    def attention(self, x: Tensor, attend: Attend) -> Tensor:
+        """Features ``(T, D)`` after attention, whose queries, keys and values ``attend`` takes."""
+        ...
+
+    def mlp(self, x: Tensor, segments: Segments) -> Tensor:
+        """Features ``(T, D)`` after the MLP; ``segments`` says which rows are whose."""
+        ...
+
+    def macs(self, rows: int, left: int, *, size_bias: bool) -> int:
+        """Multiply-adds where attention sees ``rows`` rows of a picture and the MLP ``left``."""
+        ...
+
+
+class Host(Protocol):
+    """A ViT. It is no module itself: a segmenter's stages hold its parts, by the names given here.
+
+    ``patch`` is the side of a patch and ``margin`` how far around a patch its embedding reads,
+    both in pixels; ``prefix`` counts CLS and register rows, ``dim`` features.
+    """
+
+    patch: int
+    margin: int
+    prefix: int
+    dim: int
+
+    @property
+    def blocks(self) -> Sequence[HostBlock]:
+        """Its blocks, first to last."""
+        ...
+
+    def before(self) -> Mapping[str, Learned]:
+        """What it learned for use before its blocks, by name."""
+        ...
+
+    def behind(self) -> Mapping[str, Learned]:
+        """Its blocks and what it learned for use behind them, by name."""
+        ...
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """Windows ``(n, 3, k, k)`` of normalised pixels, a patch and its margin -> ``(n, D)``."""
+        ...
+
+    def prefix_rows(self) -> Tensor:
+        """CLS and register rows with their positions, ``(prefix, D)``."""
+        ...
+
+    def positions(self, grid: Grid) -> Tensor | None:
+        """Position embedding of the cells of a grid, ``(1, D, H, W)``, if it is added to them."""
+        ...
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What happens to rows ``(..., D)`` before the first block: norm, dropout."""
+        ...
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm behind the last block."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSettings:
+    """How blocks run over packed tokens; none of it changes a weight."""
+
+    backend: Backend = "auto"
+    size_bias: bool = False  # a supertoken weighs as much in attention as its patches
+    checkpointing: bool = False  # recompute each block in the backward pass to save memory
+
+    def run(self, half: Callable[[Tensor, T], Tensor], x: Tensor, aside: T) -> Tensor:
+        """Run one half of a block on ``x (T, D)``, now or again in the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(half, x, aside, use_reentrant=False)
+            return recomputed
+        return half(x, aside)
