@@ -170,6 +170,14 @@ def test_a_reducer_stands_in_the_place_of_the_exits(saved: Path, data: Path) -> 
     assert tome["reduced"]["tokens"]["start"] == merging["reduced"]["tokens"]["start"]
     assert tome["reduced"]["gmac"]["total"] < merging["reduced"]["gmac"]["total"]
     assert tome["point"] is None
+    step, named = reports[0], ["--reducer", "exits:thresholds=[0.36]"]
+    code, stdout, err = call("evaluate", *options, *named)
+    assert (code, err) == (0, "")
+    exits = json.loads(stdout)["reduced"]
+    for key in ("miou", "halted_share", "gmac", "shares"):
+        assert exits[key] == step["reduced"][key], "STEP's own exits, by their name"
+    wrong = "exits:thresholds=[0.3,0.4]"
+    assert "one threshold per exit" in refused("evaluate", *options, "--reducer", wrong)
     both = ["--reducer", "tome:share=0.3", "--exits", "off"]
     assert "leave out --exits" in refused("evaluate", *options, *both)
     assert "--reducer tom: choose from" in refused("evaluate", *options, "--reducer", "tom")

@@ -6,8 +6,9 @@ from support import grid_tokens, scramble
 from torch import Tensor
 
 from tokenstep.core.tokens import PackedTokens
+from tokenstep.reducers.budget_exits import BudgetPruning
 from tokenstep.reducers.exit_heads import DeepSupervision, ExitHeads, confidence_of
-from tokenstep.reducers.exits import BudgetPruning, EarlyPruning
+from tokenstep.reducers.exits import EarlyPruning
 
 CLASSES = 3
 GRIDS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3)

@@ -5,6 +5,7 @@ import pytest
 from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.exits import Exits
 from tokenstep.reducers.named import REDUCERS, reducer_of
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe
@@ -18,16 +19,17 @@ from tokenstep.reducers.tome import ToMe
         ("evit", EViT()),
         ("evit:keep=0.5,blocks=[2,4],fuse=false", EViT(0.5, (2, 4), fuse=False)),
         ("random:share=0.3,seed=4", RandomDrop(0.3, seed=4)),
+        ("exits:thresholds=[1,0.9],spare=2", Exits((1.0, 0.9), spare=2)),
     ],
 )
-def test_a_text_names_a_reducer(text: str, reducer: Reducer) -> None:
+def test_a_text_names_a_reducer(text: str, reducer: Reducer | Exits) -> None:
     assert reducer_of(text) == reducer
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tom", "choose from tome, evit, random"),
+        ("tom", "choose from exits, tome, evit, random"),
         ("tome:share", "KEY=VALUE"),
         ("tome:shares=0.1", "shares"),
         ("tome:share=0.9", "0 to 0.5"),
@@ -35,6 +37,7 @@ def test_a_text_names_a_reducer(text: str, reducer: Reducer) -> None:
         ("evit:keep='much'", "keep"),
         ("evit:blocks=[0]", "blocks"),
         ("random:share=1.0", "share"),
+        ("exits:thresholds=[2.0]", "0 to 1"),
         ("random:seed=99999999999999999999", "seed"),
         ("evit:blocks=[]", "blocks"),
         ("evit:keep=0.5 }\nx={y=1", "KEY=VALUE"),

@@ -191,14 +191,17 @@ def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
     Raises:
         TokenstepError: names the option and the remedy.
     """
-    from tokenstep.reducers.named import reducer_of
+    from tokenstep.model.spending import reducers_of
 
     depth = len(model.encoder.host.blocks)
     for text in texts:
         try:
-            reducer = reducer_of(text)
+            named = Thresholds(reducers=(text,))
+            (reducer,) = reducers_of(named, model.exits, model.config.temperatures)
         except TokenstepError as fault:
             raise TokenstepError(f"--{fault}") from fault
+        except ValueError as fault:
+            raise TokenstepError(f"--reducer {text}: {fault}") from fault
         blocks = getattr(reducer, "blocks", ())
         if blocks and min(blocks) > depth:
             raise TokenstepError(

@@ -7,8 +7,9 @@ from typing import Any
 from tokenstep.config import Budget, Spending
 from tokenstep.core.partition import Plan, by_share, by_threshold
 from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.budget_exits import BudgetPruning
 from tokenstep.reducers.exit_heads import ExitHeads
-from tokenstep.reducers.exits import BudgetPruning, EarlyPruning, Pruning
+from tokenstep.reducers.exits import EarlyPruning, Exits, Pruning
 from tokenstep.reducers.named import reducer_of
 
 
@@ -29,9 +30,14 @@ def reducers_of(
 
     Raises:
         TokenstepError: a reducer's text names none, or a setting of it is out of range.
+        ValueError: exits have not one threshold per exit of the model.
     """
-    reducers = [reducer_of(text) for text in spending.reducers]
-    return [*reducers, *pruning_of(spending, exits, temperatures)]
+    found: list[Reducer] = []
+    for text in spending.reducers:
+        named = reducer_of(text)
+        # What exits have learned lies in the model, under their name.
+        found.append(named.with_parts(exits, temperatures) if isinstance(named, Exits) else named)
+    return [*found, *pruning_of(spending, exits, temperatures)]
 
 
 def require_reducers(spendings: Iterable[Spending]) -> None:

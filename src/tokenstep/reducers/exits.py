@@ -5,7 +5,8 @@ keep the few surest of each class as context.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tokenstep.core import ragged
 from tokenstep.core.attention import Attended
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.tokens import PackedTokens
+from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Halt, Site, Turn
 from tokenstep.reducers.exit_heads import ExitHeads, confidence_of
 
@@ -114,33 +116,27 @@ class EarlyPruning(Pruning):
         return passed & ~self.spared(tokens, confidence, predicted, passed)
 
 
-class BudgetPruning(Pruning):
-    """Halts equally many tokens in each picture of a size, the surest (ours).
+@dataclass(frozen=True, slots=True)
+class Exits:
+    """Early pruning by name, as other reducers are: what it learns is with the model.
 
-    ``shares`` has by exit, named by the blocks run, how many tokens halt there over the patches
-    of a picture's grid, so all shapes are known beforehand. The spared tokens come last.
+    ``thresholds`` holds one confidence per exit of the model.
+
+    Raises:
+        TokenstepError: a setting is out of range.
     """
 
-    def __init__(
-        self,
-        exits: ExitHeads,
-        shares: Mapping[int, float],
-        spare: int,
-        *,
-        temperatures: Sequence[float] = (),
-    ) -> None:
-        super().__init__(exits, spare, temperatures)
-        self.shares = dict(shares)
+    thresholds: tuple[float, ...]
+    spare: int = 5
 
-    def done(
-        self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, index: int
-    ) -> Tensor:
-        """Mask ``(T,)`` of the rows that halt at exit ``index``."""
-        judged = ~tokens.is_prefix
-        spared = self.spared(tokens, confidence, predicted, judged)
-        picture = tokens.picture()
-        # Confidences are 0 to 1, so what is spared comes behind all others.
-        rank = ragged.rank_within(confidence - 2.0 * spared, picture * 2 + tokens.is_prefix)
-        patches = (tokens.owner >= 0).flatten(1).sum(1)
-        count = (patches.double() * self.shares.get(self.exits.after[index], 0.0)).round().long()
-        return judged & (rank < count[picture])
+    def __post_init__(self) -> None:
+        if not (all(0 <= threshold <= 1 for threshold in self.thresholds) and self.spare >= 0):
+            raise TokenstepError(f"thresholds are 0 to 1 and spare 0 or more, got {self}")
+
+    def with_parts(self, exits: ExitHeads, temperatures: Sequence[float]) -> EarlyPruning:
+        """The reducer of a model's exits.
+
+        Raises:
+            ValueError: there is not one threshold per exit.
+        """
+        return EarlyPruning(exits, self.thresholds, self.spare, temperatures=temperatures)

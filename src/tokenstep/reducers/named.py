@@ -8,13 +8,19 @@ from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.exits import Exits
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe
 
-REDUCERS: dict[str, type[Any]] = {"tome": ToMe, "evit": EViT, "random": RandomDrop}
+REDUCERS: dict[str, type[Any]] = {
+    "exits": Exits,
+    "tome": ToMe,
+    "evit": EViT,
+    "random": RandomDrop,
+}
 
 
-def reducer_of(text: str) -> Reducer:
+def reducer_of(text: str) -> Reducer | Exits:
     """The reducer that a text such as ``tome:share=0.1`` or ``evit:keep=0.7,blocks=[4,7]`` names.
 
     Raises:
@@ -34,5 +40,5 @@ def reducer_of(text: str) -> Reducer:
         raise TokenstepError(
             f"reducer {name}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}"
         ) from error
-    reducer: Reducer = from_dict(kind, given, f"reducer {name}")
+    reducer: Reducer | Exits = from_dict(kind, given, f"reducer {name}")
     return reducer

@@ -1,0 +1,42 @@
+"""Early pruning by a budget (ours): at each exit a fixed number of tokens halts, the surest."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from tokenstep.core import ragged
+from tokenstep.core.tokens import PackedTokens
+from tokenstep.reducers.exit_heads import ExitHeads
+from tokenstep.reducers.exits import Pruning
+
+
+class BudgetPruning(Pruning):
+    """Halts equally many tokens in each picture of a size, the surest.
+
+    ``shares`` has by exit, named by the blocks run, how many tokens halt there over the patches
+    of a picture's grid, so all shapes are known beforehand. The spared tokens come last.
+    """
+
+    def __init__(
+        self,
+        exits: ExitHeads,
+        shares: Mapping[int, float],
+        spare: int,
+        *,
+        temperatures: Sequence[float] = (),
+    ) -> None:
+        super().__init__(exits, spare, temperatures)
+        self.shares = dict(shares)
+
+    def done(
+        self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, index: int
+    ) -> Tensor:
+        """Mask ``(T,)`` of the rows that halt at exit ``index``."""
+        judged = ~tokens.is_prefix
+        spared = self.spared(tokens, confidence, predicted, judged)
+        picture = tokens.picture()
+        # Confidences are 0 to 1, so what is spared comes behind all others.
+        rank = ragged.rank_within(confidence - 2.0 * spared, picture * 2 + tokens.is_prefix)
+        patches = (tokens.owner >= 0).flatten(1).sum(1)
+        count = (patches.double() * self.shares.get(self.exits.after[index], 0.0)).round().long()
+        return judged & (rank < count[picture])
