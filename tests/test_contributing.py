@@ -1,28 +1,23 @@
-"""The reducer that CONTRIBUTING shows works as it stands there."""
+"""The reducer, the policy and the host that CONTRIBUTING shows work as they stand there."""
 
-import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from conftest import TinyModel
+from guide import example
 from support import cell_logits
+from torch import nn
 
-from tokenstep.config import DENSE
-
-GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
-
-
-def example() -> dict[str, Any]:
-    (block,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {"__name__": "example"}
-    exec(compile(block, str(GUIDE), "exec"), names)
-    return names
+from tokenstep.config import DENSE, Thresholds, VitConfig
+from tokenstep.model.build import step_parts
+from tokenstep.model.config import ModelConfig
+from tokenstep.model.segmenter import Segmenter
 
 
 def test_the_example_reducer_merges_and_does_not_see_the_batch(tiny_model: TinyModel) -> None:
-    names, model = example(), tiny_model()
-    pairs = names["Pairs"](after=(1,), similarity=-1.0)
+    model = tiny_model()
+    pairs = example("Pairs")(after=(1,), similarity=-1.0)
     pictures = [torch.rand(3, 40, 48), torch.rand(3, 16, 24)]
     with torch.no_grad():
         together = model(pictures, thresholds=DENSE, reducers=[pairs])
@@ -35,9 +30,38 @@ def test_the_example_reducer_merges_and_does_not_see_the_batch(tiny_model: TinyM
 
 
 def test_off_it_changes_nothing(tiny_model: TinyModel) -> None:
-    names, model = example(), tiny_model()
+    model = tiny_model()
     picture = torch.rand(1, 3, 40, 48)
     with torch.no_grad():
         plain = model(picture, thresholds=DENSE).logits
-        off = model(picture, thresholds=DENSE, reducers=[names["Pairs"]()])
+        off = model(picture, thresholds=DENSE, reducers=[example("Pairs")()])
     assert torch.equal(off.logits, plain)
+
+
+def test_the_example_policy_merges_what_is_even(tiny_config: Callable[..., ModelConfig]) -> None:
+    config = tiny_config(exits=())
+    policy = example("Contrast")(8, config.policy.sizes)
+    model = Segmenter(config, step_parts(config, policy=policy)).eval()
+    picture = torch.full((3, 64, 64), 0.5)
+    picture[:, :, 32:] = torch.rand(3, 64, 32)
+    (result,) = model.segment_batch([picture], thresholds=Thresholds(merge=(0.5, 0.5)))
+    assert (result.tokens.level[:, :4] == 2).all() and (result.tokens.level[:, 4:] == 0).all()
+    assert result.cost.policy == 64 * 64 * 2 / 1e9
+
+
+def test_a_segmenter_can_be_built_around_the_example_host(
+    tiny_config: Callable[..., ModelConfig],
+) -> None:
+    layer = nn.TransformerEncoderLayer(24, 3, 32, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 3, nn.LayerNorm(24), enable_nested_tensor=False)
+    config = replace(tiny_config(), vit=VitConfig("own", exits=(1, 2), cells=2))
+    model = Segmenter(config, step_parts(config, host=example("TorchViT")(8, encoder))).eval()
+    step = Thresholds((0.0, 0.0), (0.4, 0.4), 1, ("tome:share=0.1",))
+    dense, found = (
+        model.segment_batch([torch.rand(3, 40, 64)], thresholds=thresholds)[0]
+        for thresholds in (DENSE, step)
+    )
+    assert dense.labels.shape == found.labels.shape == (40, 64)
+    assert found.cost.blocks < dense.cost.blocks
+    names = {name.split(".")[1] for name, _ in model.encoder.named_parameters(prefix="encoder")}
+    assert names == {"layers", "last"}, "its parts are held by its own names"

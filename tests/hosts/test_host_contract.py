@@ -1,90 +1,22 @@
 """The contract of every host: nothing reduced is the original, and its parts are the stages'."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import pytest
 import timm
 import torch
+from guide import example
 from support import scramble
 from torch import Tensor, nn
 
 from tokenstep.core import partition
-from tokenstep.core.attention import Attend
-from tokenstep.core.partition import Grid
-from tokenstep.core.ragged import Segments
-from tokenstep.hosts.base import BlockSettings, Host, HostBlock, Learned
+from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
-
-
-class OwnBlock:
-    """A block of torch's own layers."""
-
-    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
-        self.layer = layer
-        self.heads = layer.self_attn.num_heads
-        self.first = layer.norm1
-
-    def attention(self, x: Tensor, attend: Attend) -> Tensor:
-        own = self.layer.self_attn
-        qkv = nn.functional.linear(self.layer.norm1(x), own.in_proj_weight, own.in_proj_bias)
-        q, k, v = qkv.unflatten(1, (3, self.heads, own.head_dim)).unbind(1)
-        return x + own.out_proj(attend(q, k, v, scale=own.head_dim**-0.5).flatten(1))
-
-    def mlp(self, x: Tensor, segments: Segments) -> Tensor:
-        layer = self.layer
-        return x + layer.linear2(layer.activation(layer.linear1(layer.norm2(x))))
-
-    def macs(self, rows: int, left: int, *, size_bias: bool) -> int:
-        return 0
-
-
-class OwnHost:
-    """A ViT of torch's own layers, without CLS and positions, as a foreign host would be."""
-
-    prefix, margin = 0, 0
-
-    def __init__(self, patch: int = 4, dim: int = 24, depth: int = 2) -> None:
-        self.patch, self.dim = patch, dim
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-        layer = partial(nn.TransformerEncoderLayer, dim, 3, 32, 0.0, "gelu")
-        self.layers = nn.ModuleList(layer(batch_first=True, norm_first=True) for _ in range(depth))
-        self.last = nn.LayerNorm(dim)
-        self.blocks: Sequence[HostBlock] = [
-            OwnBlock(cast(nn.TransformerEncoderLayer, layer)) for layer in self.layers
-        ]
-
-    def before(self) -> Mapping[str, Learned]:
-        return {"proj": self.proj}
-
-    def behind(self) -> Mapping[str, Learned]:
-        return {"layers": self.layers, "last": self.last}
-
-    def embed(self, windows: Tensor) -> Tensor:
-        return self.proj(windows).flatten(1)
-
-    def prefix_rows(self) -> Tensor:
-        return self.proj.weight.new_zeros(0, self.dim)
-
-    def positions(self, grid: Grid) -> Tensor | None:
-        return None
-
-    def enter(self, x: Tensor) -> Tensor:
-        return x
-
-    def norm(self, x: Tensor) -> Tensor:
-        return self.last(x)
-
-    def original(self, images: Tensor) -> Tensor:
-        x = self.proj(images).flatten(2).transpose(1, 2)
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(x)
 
 
 @dataclass
@@ -101,15 +33,17 @@ def timm_vit(**changes: object) -> Hosted:
     return Hosted(TimmViT(vit), vit.forward_features)
 
 
-def own_host() -> Hosted:
-    host = OwnHost()
-    return Hosted(host, host.original)
+def of_the_guide() -> Hosted:
+    layer = nn.TransformerEncoderLayer(24, 3, 32, 0.0, "gelu", batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(24), enable_nested_tensor=False)
+    host = example("TorchViT")(4, encoder)
+    return Hosted(host, lambda images: encoder(host.proj(images).flatten(2).transpose(1, 2)))
 
 
 HOSTS: dict[str, Callable[[], Hosted]] = {
     "timm": timm_vit,
     "timm, registers": partial(timm_vit, reg_tokens=2),
-    "a host of torch's own layers": own_host,
+    "the example of CONTRIBUTING": of_the_guide,
 }
 
 

@@ -12,14 +12,14 @@ from tokenstep.data.augment import normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.policies.batch import homogeneity, policy_features
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import DCTS
 
 
 @pytest.mark.parametrize("place", [2, 9, 16])
 def test_the_curve_is_that_of_the_partition_by_all_sizes(
     policy: Path, drawn: Path, place: int
 ) -> None:
-    network = Policy(POLICY, 8).eval()
+    network = DCTS(POLICY, 8).eval()
     network.load_state_dict(load_file(policy / "model.safetensors"))
     folder = LabelledFolder(drawn, "val")
     found = policy_report(network, folder, tolerance=0.0)["curve"][place]
@@ -52,7 +52,7 @@ def test_the_curve_is_that_of_the_partition_by_all_sizes(
 
 
 def test_a_higher_threshold_merges_less(policy: Path, drawn: Path) -> None:
-    network = Policy(POLICY, 8).eval()
+    network = DCTS(POLICY, 8).eval()
     network.load_state_dict(load_file(policy / "model.safetensors"))
     curve = policy_report(network, LabelledFolder(drawn, "val"), tolerance=0.0)["curve"]
     reductions = [point["reduction"] for point in curve]

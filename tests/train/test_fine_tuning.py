@@ -16,7 +16,7 @@ from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.pretrained import find_weights
 from tokenstep.hosts.timm_build import published_vit
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import DCTS
 from tokenstep.train.precision import settled
 from tokenstep.train.recipe import Phase, SegmenterRecipe, read_recipe
 from tokenstep.train.train import (
@@ -79,7 +79,7 @@ def test_the_trunk_of_a_policy_learns_slower_than_the_rest(drawn: Path, tmp_path
     recipe = dataclasses.replace(
         recipe, phases=(dataclasses.replace(PHASE, head_lr=3.0),), class_weight=0.5
     )
-    learn = rates(PolicyModule(recipe, 0, Policy(POLICY, 8), 3))
+    learn = rates(PolicyModule(recipe, 0, DCTS(POLICY, 8), 3))
     for name, rate in learn.items():
         assert rate == pytest.approx(1e-3 if name.startswith("policy.trunk.") else 3e-3), name
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training import POLICY, VIT, policy_recipe, segmenter_recipe
 
 from tokenstep.data.labelled_folder import LabelledFolder
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import DCTS
 from tokenstep.train.losses import segmentation_loss
 from tokenstep.train.recipe import Phase
 from tokenstep.train.train import (
@@ -86,14 +86,14 @@ def test_devices_look_for_unused_parameters_only_where_there_may_be_some(
     for side, unused in ((25, False), (24, True)):  # a superpatch of 4 x 8 px, begun
         small = dataclasses.replace(policy_recipe(drawn, tmp_path, 1).phases[0], crop=(64, side))
         one = dataclasses.replace(policy_recipe(drawn, tmp_path, 1), phases=(small,))
-        assert PolicyModule(one, 0, Policy(POLICY, 8), 3).find_unused == unused
+        assert PolicyModule(one, 0, DCTS(POLICY, 8), 3).find_unused == unused
 
 
 def test_the_policy_may_learn_the_classes_aside(drawn: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(policy_recipe(drawn, tmp_path, 2), class_weight=0.5)
     train_policy(recipe, progress=False)
     weights = load_file(tmp_path / "model.safetensors")
-    assert weights.keys() == Policy(POLICY, 8).state_dict().keys()  # the head is dropped
+    assert weights.keys() == DCTS(POLICY, 8).state_dict().keys()  # the head is dropped
 
 
 def test_heads_learn_at_their_own_rate_and_tables_are_not_decayed(

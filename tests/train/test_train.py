@@ -17,7 +17,7 @@ from tokenstep.hub import load
 from tokenstep.measure.evaluate import evaluate
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Method
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import DCTS
 from tokenstep.train.recipe import Phase
 from tokenstep.train.train import (
     train_segmenter,
@@ -71,7 +71,7 @@ def test_a_model_of_scenes_remembers_the_scale_of_its_pictures(
 
 
 def test_a_policy_that_is_no_number_has_no_report(drawn: Path) -> None:
-    broken = Policy(POLICY, 8)
+    broken = DCTS(POLICY, 8)
     broken.heads[0].bias.data.fill_(float("nan"))
     with pytest.raises(TokenstepError, match="NaN"):
         policy_report(broken, LabelledFolder(drawn, "val"), tolerance=0.0)

@@ -6,11 +6,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tokenstep.config import VitConfig
 from tokenstep.core.partition import Grid
+from tokenstep.data.pretrained import WeightFile
 from tokenstep.hosts.base import Learned
 from tokenstep.hosts.positions import resampled
 from tokenstep.hosts.timm_block import PlainViT, TimmBlock, require_supported
-from tokenstep.hosts.timm_embed import LinearEmbed
+from tokenstep.hosts.timm_build import build_vit
+from tokenstep.hosts.timm_embed import ConvEmbed, LinearEmbed
 
 
 class TimmViT:
@@ -75,3 +78,17 @@ class TimmViT:
     def norm(self, x: Tensor) -> Tensor:
         """The norm behind the last block."""
         return cast(Tensor, self.vit.norm(x))
+
+
+def build_host(config: VitConfig, weights: WeightFile | None = None) -> TimmViT:
+    """The timm ViT that ``config`` names, with the stem that it names, as a host.
+
+    Raises:
+        ValueError: as :func:`tokenstep.hosts.timm_build.build_vit`; or the stem does not fit the
+            patches.
+        TokenstepError: the weights lack a part that is used, or do not fit.
+    """
+    vit = build_vit(config, weights)
+    if config.stem == "linear":
+        return TimmViT(vit)
+    return TimmViT(vit, ConvEmbed(int(vit.patch_embed.patch_size[0]), int(vit.embed_dim)))

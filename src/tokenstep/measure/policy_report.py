@@ -11,14 +11,14 @@ from tokenstep.core import partition
 from tokenstep.data.augment import normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.policies.batch import homogeneity, policy_features
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import DCTS
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
 
 @torch.inference_mode()
 def policy_report(
-    policy: Policy,
+    policy: DCTS,
     folder: LabelledFolder,
     *,
     tolerance: float,

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tokenstep.hosts.base import BlockSettings
-from tokenstep.hosts.timm_block import PlainViT
-from tokenstep.hosts.timm_build import build_vit
-from tokenstep.hosts.timm_embed import ConvEmbed
-from tokenstep.hosts.timm_vit import TimmViT
+from tokenstep.hosts.base import BlockSettings, Host
+from tokenstep.hosts.timm_vit import build_host
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.base import Policy
+from tokenstep.policies.dcts import DCTS
 from tokenstep.reducers.exit_heads import ExitHeads
 
 
@@ -28,33 +26,32 @@ class Parts:
     decoder: nn.Module  # tokens -> logits
 
 
-def step_parts(config: ModelConfig, vit: PlainViT | None = None) -> Parts:
+def step_parts(
+    config: ModelConfig, *, host: Host | None = None, policy: Policy | None = None
+) -> Parts:
     """Build the parts of a plain ViT segmenter with dCTS and early pruning, untrained.
 
-    ``vit`` is the ViT to build around, as :func:`tokenstep.hosts.timm_build.build_vit` makes it of
-    ``config.vit``, which is done here if none is given.
+    ``host`` is the ViT to build around, and ``policy`` what scores superpatches; those of
+    ``config.vit`` and ``config.policy`` are built if none is given.
 
     Raises:
-        ValueError: the ViT has a part that packed tokens cannot run, by name; or the exits do not
-            lie between its blocks.
+        ValueError: the ViT has a part that packed tokens cannot run, by name; the exits do not lie
+            between its blocks; or the policy has other patches.
     """
-    vit = build_vit(config.vit) if vit is None else vit
-    depth = len(vit.blocks)
+    host = build_host(config.vit) if host is None else host
+    depth = len(host.blocks)
     if list(config.vit.exits) != sorted({*config.vit.exits} & {*range(1, depth)}):
         raise ValueError(
             f"exits must be rising counts of blocks from 1 to {depth - 1}, "
             f"got {config.vit.exits} for {depth} blocks"
         )
-    patch, dim = int(vit.patch_embed.patch_size[0]), int(vit.embed_dim)
-    host = TimmViT(vit, ConvEmbed(patch, dim) if config.vit.stem == "conv" else None)
-    classes, cells = len(config.classes), config.vit.cells
+    policy = DCTS(config.policy, host.patch) if policy is None else policy
+    if policy.patch != host.patch:
+        raise ValueError(f"the policy has patches of {policy.patch} px, the ViT of {host.patch} px")
+    classes, cells, dim = len(config.classes), config.vit.cells, host.dim
     settings = BlockSettings(size_bias=config.vit.size_bias)
-    policy = Policy(config.policy, patch)
-    tokenise = Tokeniser(
-        host,
-        sub_patches=config.vit.sub_patches,
-        context=policy.channels if config.vit.policy_features else 0,
-    )
+    context = policy.channels if config.vit.policy_features else 0
+    tokenise = Tokeniser(host, sub_patches=config.vit.sub_patches, context=context)
     encoder = Encoder(host, settings)
     exits = ExitHeads(config.vit.exits, dim, classes, cells)
     decoder: nn.Module = LinearDecoder(dim, classes, cells)

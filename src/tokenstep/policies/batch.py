@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenstep.core.partition import Grid, Plan, grid_of, uniform
 from tokenstep.errors import TokenstepError
-from tokenstep.policies.dcts import Policy, PolicyFeatures
+from tokenstep.policies.base import Policy, Seen
 
 CPU_PIXELS = 3 * 2**19  # pixels that the CNN takes together on a CPU
 
@@ -22,7 +22,7 @@ class SameSize:
     """Pictures of one size that went through the CNN together."""
 
     places: list[int]  # of the pictures in the batch
-    features: PolicyFeatures
+    features: Seen
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def _together(normal: Sequence[Tensor]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def homogeneity(policy: Policy, features: PolicyFeatures) -> list[Tensor]:
+def homogeneity(policy: Policy, features: Seen) -> list[Tensor]:
     """Homogeneity of each superpatch in 0..1, ``(B, H // s, W // s)`` per size.
 
     Raises:
@@ -98,8 +98,9 @@ def features_on_grids(policy: Policy, groups: Sequence[SameSize]) -> dict[Grid, 
         order = sorted(place for group in alike for place in group.places)
         # Channels last in memory: a cell's features side by side.
         shape = (len(order), *grid, policy.channels)
-        found[grid] = alike[0].features.fused.new_empty(shape).movedim(-1, 1)
         for group in alike:
-            rows = [order.index(place) for place in group.places]
-            found[grid][rows] = policy.on_grid(group.features)
+            maps = policy.on_grid(group.features)
+            if grid not in found:
+                found[grid] = maps.new_empty(shape).movedim(-1, 1)
+            found[grid][[order.index(place) for place in group.places]] = maps
     return found

@@ -18,6 +18,7 @@ from tokenstep.config import PolicyConfig
 from tokenstep.core.partition import Grid, grid_of, halved, level_of
 from tokenstep.data.pretrained import Published, WeightFile, load_into
 from tokenstep.errors import TokenstepError
+from tokenstep.policies.base import Policy
 from tokenstep.policies.cnn_cost import Growth, count_at, growth_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
@@ -33,7 +34,7 @@ class PolicyFeatures:
     whole: Grid  # the same, rounded up to superpatches of the coarsest size
 
 
-class Policy(nn.Module):
+class DCTS(Policy):
     """Scores how surely each superpatch shows one class, by ``trunk`` or an untrained CNN.
 
     Raises:

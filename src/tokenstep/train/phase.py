@@ -20,7 +20,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.measure.metrics import confusion_matrix, iou_of
 from tokenstep.model.label_map import label_maps
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.policies.dcts import Policy
+from tokenstep.policies.dcts import DCTS
 from tokenstep.reducers.exit_heads import DeepSupervision
 from tokenstep.train.losses import (
     distillation_loss,
@@ -115,7 +115,7 @@ class PhaseModule(pl.LightningModule):
 class PolicyModule(PhaseModule):
     """Trains a :class:`Policy` on whether superpatches share one class."""
 
-    def __init__(self, recipe: PolicyRecipe, number: int, policy: Policy, classes: int) -> None:
+    def __init__(self, recipe: PolicyRecipe, number: int, policy: DCTS, classes: int) -> None:
         super().__init__(recipe, number)
         if self.phase.head_lr != 1:  # at 1 the optimiser's groups stay as runs of 0.1 saved them
             self.heads = ("policy.lateral.", "policy.smooth.", "policy.heads.", "namer.")

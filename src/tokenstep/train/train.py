@@ -15,7 +15,7 @@ from tokenstep.data.digests import FILES, digests_of, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.pretrained import WeightFile
 from tokenstep.errors import TokenstepError
-from tokenstep.hosts.timm_build import build_vit
+from tokenstep.hosts.timm_vit import build_host
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Method, measure
 from tokenstep.model.build import step_parts
@@ -23,7 +23,7 @@ from tokenstep.model.card import write_card
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import WEIGHTS, Segmenter
 from tokenstep.model.weight_files import save_weights
-from tokenstep.policies.dcts import Policy, build_trunk
+from tokenstep.policies.dcts import DCTS, build_trunk
 from tokenstep.train.card import policy_card
 from tokenstep.train.initial_weights import record, start_of
 from tokenstep.train.lock import held
@@ -69,7 +69,7 @@ def _train_policy(recipe: PolicyRecipe, progress: Progress) -> dict[str, Any]:
     recipe, weights = start_of(settled(recipe))
     torch.manual_seed(recipe.trainer.seed)
     try:
-        policy = Policy(recipe.policy, recipe.patch, build_trunk(recipe.policy, weights))
+        policy = DCTS(recipe.policy, recipe.patch, build_trunk(recipe.policy, weights))
         policy.require_growth()
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
@@ -269,7 +269,7 @@ def build_segmenter(
     )
     torch.manual_seed(recipe.trainer.seed)
     try:
-        model = Segmenter(config, step_parts(config, build_vit(vit, weights)))
+        model = Segmenter(config, step_parts(config, host=build_host(vit, weights)))
     except ValueError as error:
         raise TokenstepError(f"recipe: {error}") from error
     if model.patch != policy.patch:
