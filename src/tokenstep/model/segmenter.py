@@ -28,7 +28,7 @@ from tokenstep.model.normalise import Normalise
 from tokenstep.model.renamed import renamed, with_new_keys
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import Segmented, token_uses
-from tokenstep.model.spending import plan_of, reducers_of, require_reducers
+from tokenstep.model.spending import plan_of, reducers_of, require_reducers, spending_of
 from tokenstep.model.stage_timer import StageTimer
 from tokenstep.model.weight_files import load_weights, save_weights
 from tokenstep.policies.batch import features_on_grids, partition_by, policy_features
@@ -95,7 +95,7 @@ class Segmenter(
             ValueError: there is not one threshold per superpatch size or exit, or ``partition``
                 does not cover the pictures' cells.
         """
-        spending = self.spending(thresholds, budget)
+        spending = spending_of(self.config, thresholds, budget)
         plan = plan_of(spending, self.config.policy.sizes) if partition is None else None
         normal = self.normalise(pictures)
         context = self.tokenise.context is not None
@@ -127,19 +127,6 @@ class Segmenter(
         normal = self.normalise(pictures)
         seen = policy_features(self.policy, normal) if plan else []
         return partition_by(self.policy, normal, seen, plan)
-
-    def spending(self, thresholds: Thresholds | None, budget: Budget | None) -> Spending:
-        """What is asked for, the model's own thresholds if nothing is.
-
-        Raises:
-            TokenstepError: both are given, or the budget does not fit the model.
-        """
-        if budget is None:
-            return self.config.thresholds if thresholds is None else thresholds
-        if thresholds is not None:
-            raise TokenstepError("give one of thresholds, budget and max_loss")
-        self.config.check(budget)
-        return budget
 
     @torch.inference_mode()
     def segment(

@@ -4,13 +4,31 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from tokenstep.config import Budget, Spending
+from tokenstep.config import Budget, Spending, Thresholds
 from tokenstep.core.partition import Plan, by_share, by_threshold
+from tokenstep.errors import TokenstepError
+from tokenstep.model.config import ModelConfig
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.budget_exits import BudgetPruning
 from tokenstep.reducers.exit_heads import ExitHeads
 from tokenstep.reducers.exits import EarlyPruning, Exits, Pruning
 from tokenstep.reducers.named import reducer_of
+
+
+def spending_of(
+    config: ModelConfig, thresholds: Thresholds | None, budget: Budget | None
+) -> Spending:
+    """What is asked for, the model's own thresholds if nothing is.
+
+    Raises:
+        TokenstepError: both are given, or the budget does not fit the model.
+    """
+    if budget is None:
+        return config.thresholds if thresholds is None else thresholds
+    if thresholds is not None:
+        raise TokenstepError("give one of thresholds, budget and max_loss")
+    config.check(budget)
+    return budget
 
 
 def plan_of(spending: Spending, sizes: Sequence[int]) -> Plan | None:
