@@ -170,6 +170,14 @@ def test_a_reducer_stands_in_the_place_of_the_exits(saved: Path, data: Path) -> 
     assert tome["reduced"]["tokens"]["start"] == merging["reduced"]["tokens"]["start"]
     assert tome["reduced"]["gmac"]["total"] < merging["reduced"]["gmac"]["total"]
     assert tome["point"] is None
+    said = "merged or dropped between blocks"
+    table = [
+        line for line in call("evaluate", *options[:-2], *extra)[1].splitlines() if said in line
+    ]
+    (gone,) = (float(line.split()[-2]) for line in table)
+    tokens = tome["reduced"]["tokens"]
+    assert gone == pytest.approx(1 - tokens["end"] / tokens["start"], abs=1e-3)
+    assert said not in call("evaluate", *options[:-2])[1], "exits halt; nothing else is gone"
     step, named = reports[0], ["--reducer", "exits:thresholds=[0.36]"]
     code, stdout, err = call("evaluate", *options, *named)
     assert (code, err) == (0, "")

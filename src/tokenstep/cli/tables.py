@@ -51,10 +51,19 @@ def evaluated(report: dict[str, Any]) -> Table:
         ("GMAC per picture", 2, lambda half: half["gmac"]["total"]),
         ("seconds per picture", 3, lambda half: half["seconds"]),
     )
+    if _otherwise_gone(report["reduced"]) > 0.0005:  # tokens that reducers merged or dropped
+        label = "merged or dropped between blocks, share"
+        rows = (*rows[:6], (label, 3, _otherwise_gone), *rows[6:])
     for label, digits, pick in rows:
         values = (pick(report[half]) for half in ("dense", "reduced"))
         table.add_row(label, *("-" if v is None else f"{v:.{digits}f}" for v in values))
     return table
+
+
+def _otherwise_gone(half: dict[str, Any]) -> float:
+    """Share of the tokens at the start that neither halted nor reached the end."""
+    tokens = half["tokens"]
+    return float(1 - tokens["end"] / tokens["start"] - half["halted_share"])
 
 
 def checked(report: dict[str, Any]) -> Table:
@@ -67,14 +76,16 @@ def checked(report: dict[str, Any]) -> Table:
     return table
 
 
-def calibrated(report: dict[str, Any]) -> Table:
-    """The operating points of a calibration, cheap to dear, and the dense model below them."""
+def calibrated(report: dict[str, Any]) -> Group:
+    """The operating points of a calibration, cheap to dear, with dense, and their budgets."""
     table = Table(
         *("points\nbelow\nthe best", "mIoU", "GMAC per\npicture", "tokens\nat start"),
         *("halted,\nshare\nof them", "merge", "exits", "spare"),
     )
+    budgets = Table("points below the best", "by its budget", "GMAC per picture", "by its budget")
     for point in report["points"]:
-        thresholds = point["settings"]
+        thresholds, fixed = point["settings"], point["fixed"]
+        exits = [*(f"{value:g}" for value in thresholds["exits"]), *thresholds["reducers"]]
         table.add_row(
             f"{point['loss']:.2f}",
             f"{point['miou']:.4f}",
@@ -82,13 +93,15 @@ def calibrated(report: dict[str, Any]) -> Table:
             f"{point['tokens']:.0f}",
             f"{point['halted_share']:.2f}",
             " ".join(f"{value:g}" for value in thresholds["merge"]) or "off",
-            " ".join(f"{value:g}" for value in thresholds["exits"]) or "off",
+            " ".join(exits) or "off",
             str(thresholds["spare"]),
         )
+        pairs = (point["loss"], fixed["loss"], point["gmac"], fixed["gmac"])
+        budgets.add_row(*(f"{value:.2f}" for value in pairs))
     dense = report["dense"]
     cost, tokens = f"{dense['gmac']['total']:.2f}", f"{dense['tokens']['start']:.0f}"
     table.add_row("dense", f"{dense['miou']:.4f}", cost, tokens, "0", "off", "off", "-")
-    return table
+    return Group(table, budgets) if report["points"] else Group(table)
 
 
 def benched(rows: Sequence[dict[str, Any]]) -> Group:
