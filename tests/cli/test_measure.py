@@ -123,6 +123,12 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
         assert found["reduced"]["gmac"]["total"] == pytest.approx(fixed["gmac"], abs=1e-4)
     for wrong in ("point", tmp_path / "none.json", out / "model.safetensors"):
         assert "--budget" in refused("evaluate", "--model", saved, *options, "--budget", wrong)
+    assert found["point"] is None, "the last budget is no operating point's, for all it knows"
+    spent = ["--model", out, "--max-loss", "100", "--budget", "point", "--out", tmp_path / "b"]
+    code, stdout, _ = call("segment", photo, *spent)
+    assert code == 0 and f"budget of the operating point: {fixed['loss']:.2f}" in stdout
+    told = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert (told["budget"], told["thresholds"]) == (fixed["budget"], None)
     both = ["--budget", tmp_path / "budget.json", "--merge", "off"]
     assert "--merge" in refused("evaluate", "--model", out, *options, *both)
 

@@ -154,7 +154,7 @@ def test_the_picture_s_own_compute_is_printed_not_that_of_the_calibration(
 
 def test_segment_in_python_has_the_knob_too(saved: Path, photo: Path) -> None:
     model = load(saved)
-    with pytest.raises(TokenstepError, match="not both"):
+    with pytest.raises(TokenstepError, match="one of"):
         model.segment(photo, thresholds=Thresholds(), max_loss=1)
     with pytest.raises(TokenstepError, match="calibrate"):
         model.segment(photo, max_loss=1)

@@ -47,7 +47,7 @@ def picture(height: int, width: int) -> torch.Tensor:
 
 def test_a_window_below_four_superpatches_is_refused(model: Segmenter) -> None:
     with pytest.raises(TokenstepError, match="give 128 or more"):
-        segment_tiled(model, picture(10, 10), side=127, thresholds=DENSE)
+        segment_tiled(model, picture(10, 10), side=127, spending=DENSE)
 
 
 REDUCED = Thresholds(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
@@ -56,7 +56,7 @@ REDUCED = Thresholds(merge=(0.2, 0.5), exits=(0.34, 0.34), spare=1)
 def test_a_picture_that_fits_is_segmented_as_ever(model: Segmenter) -> None:
     small = picture(70, 101)
     whole = model.segment_batch([small], thresholds=REDUCED)[0]
-    tiled = segment_tiled(model, small, side=128, thresholds=REDUCED)
+    tiled = segment_tiled(model, small, side=128, spending=REDUCED)
     assert np.array_equal(tiled.labels, whole.labels)
     assert np.array_equal(tiled.tokens.level, whole.tokens.level)
     assert tiled.cost == whole.cost and tiled.windows == 1
@@ -66,7 +66,7 @@ def test_a_picture_that_fits_is_segmented_as_ever(model: Segmenter) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_windows_join_to_a_picture(model: Segmenter, size: tuple[int, int], batch: int) -> None:
     large, side, unit = picture(*size), 4 * unit_of(model), unit_of(model)
-    tiled = segment_tiled(model, large, side=side, thresholds=REDUCED, batch=batch)
+    tiled = segment_tiled(model, large, side=side, spending=REDUCED, batch=batch)
     assert tiled.labels.shape == size
     rows, columns = (spans(length, side, unit) for length in size)
     assert tiled.windows == len(rows) * len(columns) > 1
@@ -92,7 +92,7 @@ def test_windows_join_to_a_picture(model: Segmenter, size: tuple[int, int], batc
 
 def test_joined_tokens_are_told_apart_and_counted(model: Segmenter) -> None:
     large, side = picture(203, 330), 4 * unit_of(model)
-    use = segment_tiled(model, large, side=side, thresholds=REDUCED).tokens
+    use = segment_tiled(model, large, side=side, spending=REDUCED).tokens
     places = np.arange(use.owner.size).reshape(use.owner.shape)
     # Windows hand over at whole superpatches: a token is named by its superpatch's first cell.
     side_of = 1 << use.level.astype(np.int64)
@@ -106,7 +106,7 @@ def test_joined_tokens_are_told_apart_and_counted(model: Segmenter) -> None:
 def test_no_superpatch_of_a_joined_partition_is_cut(model: Segmenter) -> None:
     large = picture(203, 330)
     everything = Thresholds(merge=(0.0, 0.0))
-    level = segment_tiled(model, large, side=4 * unit_of(model), thresholds=everything).tokens.level
+    level = segment_tiled(model, large, side=4 * unit_of(model), spending=everything).tokens.level
     merged = level.max(initial=0)
     assert merged > 0
     for rank in range(1, merged + 1):
@@ -118,7 +118,7 @@ def test_no_superpatch_of_a_joined_partition_is_cut(model: Segmenter) -> None:
 
 def test_dense_windows_cost_what_they_are(model: Segmenter) -> None:
     large = picture(200, 200)
-    tiled = segment_tiled(model, large, side=4 * unit_of(model), thresholds=DENSE)
+    tiled = segment_tiled(model, large, side=4 * unit_of(model), spending=DENSE)
     assert tiled.cost.blocks == tiled.dense_cost.blocks
     assert tiled.tokens.grid == 25 * 25 < tiled.tokens.start, "overlaps are run twice"
 

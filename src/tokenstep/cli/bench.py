@@ -112,7 +112,7 @@ def bench_command(
             None,
         )
     by_hand = merge is not None or exits is not None
-    spending = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+    spending, point = spending_of(network, budget, thresholds, point, by_hand=by_hand)
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):

@@ -16,6 +16,7 @@ from tokenstep import __version__
 from tokenstep.cli import bench, demo, explain, measure, tables
 from tokenstep.cli import data as cli_data
 from tokenstep.cli.options import (
+    BudgetOf,
     Device,
     Exits,
     MaxLoss,
@@ -29,7 +30,9 @@ from tokenstep.cli.options import (
     load_model,
     max_side_of,
     scale_note,
+    spending_of,
 )
+from tokenstep.config import Budget
 from tokenstep.errors import PictureWarning, Terminated, TokenstepError
 from tokenstep.serve import summary
 from tokenstep.terminal import (
@@ -114,6 +117,7 @@ def segment(
     merge: Merge = None,
     exits: Exits = None,
     reducer: Reducers = None,
+    budget: BudgetOf = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -133,14 +137,16 @@ def segment(
     thresholds, point = choose(
         network, dense=dense, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
     )
+    by_hand = dense or merge is not None or exits is not None
+    spending, point = spending_of(network, budget, thresholds, point, by_hand=by_hand)
     if tile is not None:
         require_side(network, tile)
     require_writable(out)
     for entry in entries:
         complain(entry["error"])
     side = side_for(wanted, network.config.long_side)
-    job = SegmentJob(out, thresholds, batch=batch, max_side=side, compare=compare, tile=tile)
-    head = {**header(model, network.config, thresholds, point), "max_side": side}
+    job = SegmentJob(out, spending, batch=batch, max_side=side, compare=compare, tile=tile)
+    head = {**header(model, network.config, spending, point), "max_side": side}
     head["classes"] = classes_of(network.config)
     with progress_bar() as progress, ReportFile(out / "report.json", head, entries) as report:
         for entry in progress.track(
@@ -160,7 +166,7 @@ def segment(
             print(scale_note(scaled, side, max_side))
         print(summary.spent(done))
         if point is not None:
-            print(summary.promise(point))
+            print(summary.promise(point, by_budget=isinstance(spending, Budget)))
         print(f"results in {out}")
     if len(done) < len(entries):
         raise typer.Exit(1)

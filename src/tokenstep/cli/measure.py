@@ -74,7 +74,7 @@ def evaluate_command(
         network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
     )
     by_hand = merge is not None or exits is not None
-    spending = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+    spending, point = spending_of(network, budget, thresholds, point, by_hand=by_hand)
     method = Method(spending, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))

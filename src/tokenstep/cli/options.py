@@ -217,30 +217,32 @@ def spending_of(
     point: OperatingPoint | None,
     *,
     by_hand: bool,
-) -> Spending:
-    """What ``--budget`` asks for; without it the thresholds that were chosen, of ``point``.
+) -> tuple[Spending, OperatingPoint | None]:
+    """What ``--budget`` asks for, and its operating point; without it what was chosen before.
 
-    ``by_hand`` says that --merge or --exits chose them.
+    That are ``thresholds`` of ``point``; ``by_hand`` says that --merge or --exits chose them.
 
     Raises:
         TokenstepError: there is no such budget, it does not fit the model, or other options
             contradict it.
     """
     if budget is None:
-        return thresholds
+        return thresholds, point
     if thresholds.reducers:
         raise TokenstepError(
             '--budget: names reducers itself, as in its "reducers"; leave out --reducer'
         )
     if by_hand:
-        raise TokenstepError("--budget: says what merges and halts; leave out --merge and --exits")
+        raise TokenstepError(
+            "--budget: says what merges and halts; leave out --dense, --merge and --exits"
+        )
     if budget == "point":
         if point is None or point.fixed is None:
             raise TokenstepError(
                 "--budget point: no calibrated budget belongs to these settings; choose by "
                 "--max-loss, run tokenstep calibrate on the model, or give a JSON file"
             )
-        return point.fixed.budget
+        return point.fixed.budget, point
     try:
         read = json.loads(Path(budget).read_text())
     except (OSError, ValueError) as error:
@@ -250,4 +252,5 @@ def spending_of(
         ) from error
     given = from_dict(Budget, read, budget)
     model.config.check(given)
-    return given
+    require_reducers(model, given.reducers)
+    return given, None

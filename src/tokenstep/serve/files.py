@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenstep.config import DENSE, Thresholds
+from tokenstep.config import DENSE, Spending
 from tokenstep.data.draw import overlay, palette_image, token_map
 from tokenstep.data.pictures import read_picture, to_tensor
 from tokenstep.data.scaling import scaled_down
@@ -22,6 +22,7 @@ from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import TokenstepError
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.spending import as_keyword
 from tokenstep.serve.windows import WINDOW, fits, segment_tiled
 
 Report = dict[str, Any]
@@ -40,7 +41,7 @@ class SegmentJob:
     """
 
     out: Path
-    thresholds: Thresholds
+    spending: Spending
     batch: int = 1
     max_side: int | None = None
     compare: bool = False
@@ -202,7 +203,7 @@ def _segment(
         dense: Sequence[Result | None] = [None] * len(images)
         if job.compare:
             dense = _results(model, images, DENSE, tile)
-        results = _results(model, images, job.thresholds, tile)
+        results = _results(model, images, job.spending, tile)
     except TokenstepError as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
@@ -217,12 +218,12 @@ def _segment(
 
 
 def _results(
-    model: Segmenter, images: Sequence[Tensor], thresholds: Thresholds, tile: int | None
+    model: Segmenter, images: Sequence[Tensor], spending: Spending, tile: int | None
 ) -> list[Result]:
     """Results of a batch, or of one picture after the other in windows of ``tile``."""
     if tile is None or all(max(image.shape) <= tile for image in images):
-        return model.segment_batch(images, thresholds=thresholds)
-    return [segment_tiled(model, image, side=tile, thresholds=thresholds) for image in images]
+        return model.segment_batch(images, **as_keyword(spending))
+    return [segment_tiled(model, image, side=tile, spending=spending) for image in images]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

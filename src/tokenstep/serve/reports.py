@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from tokenstep import __version__
-from tokenstep.config import OperatingPoint, Thresholds
+from tokenstep.config import OperatingPoint, Spending, Thresholds
 from tokenstep.data.whole_files import write_text
 from tokenstep.model.config import ModelConfig
 from tokenstep.terminal import as_json
@@ -20,25 +20,29 @@ Entry = dict[str, Any]
 
 
 def header(
-    model: str, config: ModelConfig, thresholds: Thresholds, point: OperatingPoint | None
+    model: str, config: ModelConfig, spending: Spending, point: OperatingPoint | None
 ) -> dict[str, Any]:
     """What ran: the model by its name, and what it ran at.
 
     "thresholds" names each one by what it is of: merging by the side of the superpatch in patches,
-    exits by the blocks that have run. "settings" has them as lists.
+    exits by the blocks that have run. "settings" has them as lists. A budget is "budget", and has
+    no thresholds.
     """
-    bars = {
-        what: dict(zip(map(str, of), given, strict=True)) if given else {}
-        for what, of, given in (
-            ("merge", config.policy.sizes, thresholds.merge),
-            ("exits", config.vit.exits, thresholds.exits),
-        )
-    }
+    ran: dict[str, Any] = {"thresholds": None, "budget": asdict(spending)}
+    if isinstance(spending, Thresholds):
+        bars = {
+            what: dict(zip(map(str, of), given, strict=True)) if given else {}
+            for what, of, given in (
+                ("merge", config.policy.sizes, spending.merge),
+                ("exits", config.vit.exits, spending.exits),
+            )
+        }
+        ran = {"thresholds": {**bars, "spare": spending.spare}}
     return {
         "model": model,
         "version": __version__,
-        "thresholds": {**bars, "spare": thresholds.spare},
-        "settings": asdict(thresholds),
+        **ran,
+        "settings": asdict(spending),
         "point": point and point.report(),
     }
 

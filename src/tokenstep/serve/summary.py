@@ -9,10 +9,13 @@ from tokenstep.config import OperatingPoint
 _FILES = ("read", "write")  # the stages that are not the model's own
 
 
-def promise(point: OperatingPoint) -> str:
-    """What an operating point was measured to lose, to what and on what."""
+def promise(point: OperatingPoint, *, by_budget: bool = False) -> str:
+    """What an operating point, or its budget, was measured to lose, to what and on what."""
+    loss, what = point.loss, "operating point"
+    if by_budget and point.fixed is not None:
+        loss, what = point.fixed.loss, "budget of the operating point"
     return (
-        f"operating point: {point.loss:.2f} points of mIoU below the best that calibration found, "
+        f"{what}: {loss:.2f} points of mIoU below the best that calibration found, "
         f"on {point.images} pictures of {point.split}"
     )
 

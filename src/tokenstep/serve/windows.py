@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenstep.config import Thresholds
+from tokenstep.config import Spending
 from tokenstep.core.attention import pick_backend
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
@@ -23,6 +23,7 @@ from tokenstep.model.cost import Cost
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import TokenUse, first_cells
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.spending import as_keyword
 
 WINDOW = 2048  # px, side of the windows of a picture that does not fit in memory
 # What a dense batch holds at its peak, from above (measured: docs/performance.md): floats of each
@@ -105,7 +106,7 @@ def needed_bytes(model: Segmenter, pictures: Sequence[Tensor]) -> int:
 
 @torch.inference_mode()
 def segment_tiled(
-    model: Segmenter, picture: Tensor, *, side: int, thresholds: Thresholds, batch: int = 1
+    model: Segmenter, picture: Tensor, *, side: int, spending: Spending, batch: int = 1
 ) -> Result:
     """Segment ``picture (3, h, w)`` in windows of at most ``side`` pixels, ``batch`` at a time.
 
@@ -126,7 +127,7 @@ def segment_tiled(
             picture[:, rows.start : rows.end, columns.start : columns.end]
             for rows, columns in places[number : number + batch]
         ]
-        results += model.segment_batch(windows, thresholds=thresholds)
+        results += model.segment_batch(windows, **as_keyword(spending))
     return _joined(places, results, (height, width))
 
 
