@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 from conftest import TinyModel
 from guide import example
@@ -10,6 +12,7 @@ from support import cell_logits
 from torch import nn
 
 from tokenstep.config import DENSE, Thresholds, VitConfig
+from tokenstep.errors import TokenstepError
 from tokenstep.model.build import step_parts
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import Segmenter
@@ -65,3 +68,22 @@ def test_a_segmenter_can_be_built_around_the_example_host(
     assert found.cost.blocks < dense.cost.blocks
     names = {name.split(".")[1] for name, _ in model.encoder.named_parameters(prefix="encoder")}
     assert names == {"layers", "last"}, "its parts are held by its own names"
+
+
+def test_a_model_with_parts_of_its_own_is_not_saved_as_a_folder_that_would_not_load(
+    tiny_config: Callable[..., ModelConfig], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    policy = example("Contrast")(8, config.policy.sizes)
+    own = Segmenter(config, step_parts(config, policy=policy))
+    with pytest.raises(TokenstepError, match="parts of its own"):
+        own.save_pretrained(tmp_path / "own")
+    assert not (tmp_path / "own" / "model.safetensors").exists()
+    tiny_model().save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain" / "model.safetensors").exists()
+
+
+def test_saving_draws_nothing(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, drawn = tiny_model(), torch.random.get_rng_state()
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(torch.random.get_rng_state(), drawn)

@@ -196,3 +196,20 @@ def test_fields_of_different_lengths_are_refused() -> None:
         replace(tokens, owner=tokens.owner[0])
     with pytest.raises(ValueError, match="done must be"):
         tokens.halt(torch.zeros(2, dtype=torch.bool), torch.zeros(0, 1, 1), 1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+    st.integers(0, 2),
+)
+def test_tokens_are_counted_and_ranked_within_their_picture(
+    grids: list[tuple[int, int]], prefix: int
+) -> None:
+    tokens = grid_tokens(grids, prefix=prefix)
+    score = torch.randn(len(tokens.x))
+    assert tokens.counts().tolist() == [height * width for height, width in grids]
+    rank = tokens.ranked(score)
+    for number, count in enumerate(tokens.counts().tolist()):
+        own = (tokens.picture() == number) & ~tokens.is_prefix
+        assert rank[own].sort().values.tolist() == [*range(count)]
+        assert torch.equal(score[own][rank[own].argsort()], score[own].sort(descending=True).values)

@@ -124,3 +124,30 @@ def test_cells_spread_over_their_pixels() -> None:
     spread = over_pixels(np.arange(6).reshape(2, 3), 8, (9, 20))
     assert spread.shape == (9, 20)
     assert spread[0, 0] == 0 and spread[7, 15] == 1 and spread[8, 16] == 5
+
+
+DROPPING = "evit:keep=0.5,blocks=[2],fuse=false"
+
+
+@pytest.mark.parametrize("text", ["tome:share=0.2", "random:share=0.3,blocks=[1,3]", DROPPING])
+def test_other_reducers_are_explained_too(tiny_model: TinyModel, text: str) -> None:
+    """Where each token ended is told once: it halted, was dropped, or ran through all blocks."""
+    model = tiny_model(cells=2)
+    scramble(model)
+    thresholds = replace(STEP, reducers=(text,))
+    view = view_of(model, torch.from_numpy(pattern(40, 56)).permute(2, 0, 1), thresholds)
+    use, numbers = view.result.tokens, explain_picture(view)
+    json.dumps(numbers, allow_nan=False)
+    rows = {row["depth"]: row for row in numbers["depths"]}
+    tokens = len(np.unique(use.owner))
+    assert sum(row["tokens"] for row in rows.values()) == tokens
+    assert sum(row["cells_share"] for row in rows.values()) == pytest.approx(1)
+    for after, halted in use.halted.items():
+        assert rows[f"halted after block {after}"]["tokens"] == halted
+    assert rows["ran all 3 blocks"]["tokens"] == use.end
+    dropped = [row["tokens"] for name, row in rows.items() if name.startswith("dropped")]
+    assert bool(dropped) == use.dropped.any() == (not text.startswith("tome"))
+    for exit_view in view.exits:
+        gone = use.dropped & (use.layer < exit_view.after)
+        assert np.isnan(exit_view.confidence[gone]).all()
+        assert exit_view.logits.isfinite().all()

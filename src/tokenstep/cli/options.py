@@ -203,7 +203,7 @@ def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
         except ValueError as fault:
             raise TokenstepError(f"--reducer {text}: {fault}") from fault
         blocks = getattr(reducer, "blocks", ())
-        if blocks and min(blocks) > depth:
+        if any(block > depth for block in blocks):
             raise TokenstepError(
                 f"--reducer {text}: acts in the blocks {blocks} of a model that has {depth}: name "
                 "some of these, as blocks=[1,2]"

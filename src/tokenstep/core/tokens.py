@@ -71,6 +71,18 @@ class PackedTokens:
         """Picture of each row, ``(T,)`` int64."""
         return ragged.picture_of(self.offsets, len(self.x))
 
+    def counts(self) -> Tensor:
+        """Tokens of each picture, ``(B,)`` int64; prefix rows are none."""
+        pictures = len(self.offsets) - 1
+        return torch.bincount(self.picture()[~self.is_prefix], minlength=pictures)
+
+    def ranked(self, score: Tensor) -> Tensor:
+        """Rank each token by falling ``score (T,)`` in its picture, ``(T,)`` int64, 0 = highest.
+
+        Ties go to the earlier row. Prefix rows are ranked among themselves.
+        """
+        return ragged.rank_within(score, self.picture() * 2 + self.is_prefix)
+
     def with_features(self, x: Tensor) -> "PackedTokens":
         """The same tokens with new features ``x (T, D)``."""
         return replace(self, x=x)

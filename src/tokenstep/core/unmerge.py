@@ -82,6 +82,15 @@ def _rows_of_dropped(tokens: PackedTokens) -> Tensor:
     return rows
 
 
+def dropped_cells(tokens: PackedTokens) -> Tensor:
+    """Mask ``(B, H, W)`` of the cells whose token was dropped; all have rejoined."""
+    waited = torch.zeros_like(tokens.is_prefix)
+    waited[_rows_of_dropped(tokens)] = True
+    halted = None if tokens.halted is None else tokens.halted.anchor < 0  # none of them
+    rows = rows_of_cells(tokens)
+    return (rows >= 0) & token_values(waited, halted)[rows.clamp(min=0)]
+
+
 def layer_of_cells(tokens: PackedTokens, depth: int) -> Tensor:
     """Blocks that ran for each cell's token, ``(B, H, W)`` int64; ``depth`` if it never halted."""
     live = torch.full_like(tokens.anchor, depth)

@@ -147,15 +147,16 @@ def _class_rows(sums: FolderSums) -> Rows:
     ]
 
 
-def depth_key(blocks: int, depth: int) -> str:
-    """The column of the tokens that ran ``blocks`` of ``depth`` blocks."""
-    return depth_name(blocks, depth).replace(" ", "_") + "_share"
+def depth_key(end: int, depth: int) -> str:
+    """The column of the tokens that ended there, of ``depth`` blocks."""
+    return depth_name(end, depth).replace(" ", "_") + "_share"
 
 
 def _class_depth_rows(sums: FolderSums) -> Rows:
-    keys = [depth_key(blocks, sums.depths[-1]) for blocks in sums.depths]
+    shown = sums.shown()
+    keys = [depth_key(sums.depths[k], sums.depth) for k in shown]
     return [
-        {"class": name, **dict(zip(keys, (tokens / tokens.sum()).tolist(), strict=True))}
+        {"class": name, **dict(zip(keys, (tokens / tokens.sum())[shown].tolist(), strict=True))}
         for name, tokens in zip(sums.names, sums.tokens.T[:-1], strict=True)
         if tokens.any()
     ]
@@ -165,14 +166,14 @@ def _depth_rows(sums: FolderSums) -> Rows:
     tokens = sums.tokens.sum(1).tolist()
     return [
         {
-            "depth": depth_name(blocks, sums.depths[-1]),
-            "blocks": blocks,
+            "depth": depth_name(sums.depths[k], sums.depth),
+            "blocks": sums.depths[k] - sums.depth * (sums.depths[k] > sums.depth),
             "tokens_share": tokens[k] / sum(tokens),
             "judged_tokens": int(sums.judged[k, 0]),
             "token_wrong_share": ratio(int(sums.judged[k, 1]), int(sums.judged[k, 0])),
             **_wrong(sums, sums.by_depth, k),
         }
-        for k, blocks in enumerate(sums.depths)
+        for k in sums.shown()
     ]
 
 

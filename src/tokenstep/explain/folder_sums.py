@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.data.labelled_folder import IGNORE
-from tokenstep.explain.picture import Rows, View, over_pixels
+from tokenstep.explain.picture import Rows, View, ends_of, over_pixels
 from tokenstep.measure.metrics import Tally, interior
 from tokenstep.measure.reliability import bin_sums, sub_cell_labels
 from tokenstep.model.result import Result
@@ -29,7 +29,9 @@ class FolderSums:
         self.names = model.config.classes
         self.methods = tuple(methods)
         self.patch = model.patch
-        self.depths = [*model.exits.after, len(model.encoder.host.blocks)]
+        self.depth = len(model.encoder.host.blocks)
+        # Exits, the last block, and behind them the blocks that may drop tokens.
+        self.depths = [*model.exits.after, *range(self.depth, 2 * self.depth + 1)]
         # Distances from a boundary in px, up to two patches.
         self.edges = sorted({max(1, 2 * model.patch // part) for part in (1, 2, 4, 8, 16)})
         classes, columns, depths = len(self.names), 1 + len(self.methods), len(self.depths)
@@ -82,7 +84,7 @@ class FolderSums:
         true = _histogram(token, np.minimum(truth, classes), shape)
         predicted = _histogram(token, result.labels, shape)
         of_classes, labelled = true[:, :classes], true[:, :classes].sum(1)
-        depth = np.searchsorted(self.depths, use.layer.ravel()[first])
+        depth = np.searchsorted(self.depths, ends_of(use).ravel()[first])
         np.add.at(self.tokens, depth, true / true.sum(1, keepdims=True))
         self.class_pixels += true.sum(0)
         known = labelled > 0
@@ -97,7 +99,7 @@ class FolderSums:
     ) -> None:
         """Count labelled and wrong pixels by depth, superpatch size and distance."""
         use, size = result.tokens, label.shape
-        depth = np.searchsorted(self.depths, over_pixels(use.layer, self.patch, size))
+        depth = np.searchsorted(self.depths, over_pixels(ends_of(use), self.patch, size))
         level = over_pixels(use.level, self.patch, size)
         # A pixel is in the interior at each distance that is less than its own.
         inside = [interior(label, edge).numpy() for edge in self.edges]
@@ -119,6 +121,11 @@ class FolderSums:
             live = live.repeat_interleave(side, 0).repeat_interleave(side, 1)
             counted = live & (target != IGNORE)
             sums += bin_sums(exit_view.logits[counted], target[counted])
+
+    def shown(self) -> list[int]:
+        """Places in ``depths`` of where tokens may end: of drops, those that happened."""
+        tokens = self.tokens.sum(1)
+        return [k for k, end in enumerate(self.depths) if end <= self.depth or tokens[k]]
 
 
 def ratio(part: float, whole: float) -> float | None:

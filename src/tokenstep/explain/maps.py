@@ -23,6 +23,7 @@ from tokenstep.explain.picture import (
     depths_of,
     difference_rows,
     differences,
+    ends_of,
     over_pixels,
 )
 
@@ -73,21 +74,26 @@ def partition(axes: Axes, view: View) -> None:
 def halting(axes: Axes, view: View) -> None:
     """Colour each cell by where its token halted, dark early and bright at the end."""
     use = view.result.tokens
-    depths = depths_of(use)
-    colours = depth_colours(depths)
-    table = np.zeros((use.depth + 1, 3), np.uint8)
+    ends, depths = ends_of(use), depths_of(use)
+    colours = depth_colours([_place(end, use.depth) for end in depths])
+    table = np.zeros((2 * use.depth + 1, 3), np.uint8)
     table[depths] = (255 * np.array(colours)).round()
-    _map(axes, _tinted(view, table[use.layer]))
+    _map(axes, _tinted(view, table[ends]))
     lines = _outlines(use.owner, view.result.patch)
     axes.add_collection(LineCollection(lines, colors=BLACK, linewidths=0.4))
-    shares = [(use.layer == blocks).mean() for blocks in depths]
+    shares = [(ends == blocks).mean() for blocks in depths]
     names = [f"{depth_name(b, use.depth)}: {s:.0%}" for b, s in zip(depths, shares, strict=True)]
     axes.set_title("where tokens halt, share of the cells")
     _below(axes, [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=True)])
 
 
+def _place(end: int, depth: int) -> float:
+    """Where a drop stands among the exits: just before its block ends."""
+    return end if end <= depth else end - depth - 0.5
+
+
 def confidence(axes: Axes, view: View, exit_view: ExitView) -> None:
-    """Colour each cell by the confidence of its token; white where it had halted before."""
+    """Colour each cell by the confidence of its token; white where it was gone before."""
     shades = np.nan_to_num(exit_view.confidence)
     coloured = (255 * colormaps["viridis"](shades)[..., :3]).round().astype(np.uint8)
     coloured[np.isnan(exit_view.confidence)] = 255
@@ -121,9 +127,9 @@ def difference(axes: Axes, view: View, dense: NDArray[np.uint8], truth: NDArray[
     _below(axes, [Patch(facecolor=c, label=n) for c, n in zip(_DIFFERENCES, names, strict=True)])
 
 
-def depth_colours(depths: Sequence[int]) -> list[tuple[float, float, float]]:
+def depth_colours(depths: Sequence[float]) -> list[tuple[float, float, float]]:
     """A colour of viridis for each halting depth, bright where tokens ran through all blocks."""
-    return [tuple(map(float, colormaps["viridis"](b / depths[-1])[:3])) for b in depths]  # type: ignore[misc]
+    return [tuple(map(float, colormaps["viridis"](b / max(depths))[:3])) for b in depths]  # type: ignore[misc]
 
 
 def _map(axes: Axes, picture: NDArray[np.uint8]) -> None:

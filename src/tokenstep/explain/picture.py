@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.config import Thresholds
-from tokenstep.core.unmerge import rows_of_cells, unmerge
+from tokenstep.core.unmerge import dropped_cells, rows_of_cells, unmerge
 from tokenstep.data.labelled_folder import IGNORE
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import TokenUse
@@ -26,7 +26,7 @@ class ExitView:
 
     after: int  # blocks run
     threshold: float | None  # tokens with more confidence may halt; None if the exits are off
-    confidence: NDArray[np.float32]  # (H, W) of each cell's token, 0..1; NaN: halted before
+    confidence: NDArray[np.float32]  # (H, W) of each cell's token, 0..1; NaN: gone before
     logits: Tensor  # (H * side, W * side, C) of sub-cells, divided by temperature, on the CPU
 
 
@@ -59,7 +59,8 @@ def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
     ):
         calibrated = logits / temperature
         rows = rows_of_cells(tokens)[0]
-        live = rows < len(tokens.x)  # cells of tokens that had halted name a row behind them
+        # Cells of tokens that had halted name a row behind the live ones.
+        live = (rows < len(tokens.x)) & ~dropped_cells(tokens)[0]
         confidence = confidence_of(calibrated)[0][rows.clamp(max=len(tokens.x) - 1)]
         views.append(
             ExitView(
@@ -72,14 +73,25 @@ def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
     return View(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), result, tuple(views))
 
 
+def ends_of(use: TokenUse) -> NDArray[np.int64]:
+    """Where each cell's token ended, ``(H, W)``: the blocks that it ran.
+
+    A dropped one has the block that dropped it, plus the blocks of the model.
+    """
+    return use.layer.astype(np.int64) + use.depth * use.dropped
+
+
 def depths_of(use: TokenUse) -> list[int]:
-    """The blocks after which tokens end: those of the exits, and the last."""
-    return [*use.halted, use.depth]
+    """Where tokens may end, as :func:`ends_of` has it: at the exits, the last block, a drop."""
+    drops = np.unique(ends_of(use)[use.dropped]).tolist()
+    return [*use.halted, use.depth, *drops]
 
 
-def depth_name(blocks: int, depth: int) -> str:
-    """The name in tables and figures of the tokens that ran ``blocks`` of ``depth`` blocks."""
-    return f"ran all {depth} blocks" if blocks == depth else f"halted after block {blocks}"
+def depth_name(end: int, depth: int) -> str:
+    """The name in tables and figures of the tokens that ended there, of ``depth`` blocks."""
+    if end > depth:
+        return f"dropped in block {end - depth}"
+    return f"ran all {depth} blocks" if end == depth else f"halted after block {end}"
 
 
 def live_rows(use: TokenUse) -> Rows:
@@ -104,14 +116,15 @@ def size_rows(use: TokenUse) -> Rows:
 
 
 def depth_rows(use: TokenUse) -> Rows:
-    """Tokens that end after each exit and after the last block, and their share of the cells."""
-    tokens = use.layer.ravel()[np.unique(use.owner)]
+    """Tokens that end after each exit, after the last block, or are dropped; their cells."""
+    ends = ends_of(use)
+    tokens = ends.ravel()[np.unique(use.owner)]
     return [
         {
             "depth": depth_name(blocks, use.depth),
             "tokens": int((tokens == blocks).sum()),
             "tokens_share": float((tokens == blocks).mean()),
-            "cells_share": float((use.layer == blocks).mean()),
+            "cells_share": float((ends == blocks).mean()),
         }
         for blocks in depths_of(use)
     ]

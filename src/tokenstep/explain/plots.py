@@ -53,7 +53,7 @@ def density(axes: Axes, rows: Rows) -> None:
     axes.xaxis.set_major_formatter("{x:.0f}")
 
 
-def class_depths(axes: Axes, rows: Rows, depths: Sequence[int]) -> None:
+def class_depths(axes: Axes, rows: Rows, depths: Sequence[float]) -> None:
     """The share of each class's tokens that end at each depth."""
     places = np.arange(len(rows))
     keys = [key for key in rows[0] if key != "class"]

@@ -104,7 +104,8 @@ def set_sections(report: dict[str, Any]) -> list[Section]:
 def _token_sections(report: dict[str, Any]) -> list[Section]:
     classes = report["classes"]
     height = 1.5 + 0.28 * len(classes)
-    depths = [row["blocks"] for row in report["depths"]]
+    # A drop stands just before its block ends.
+    depths = [row["blocks"] - 0.5 * row["depth"].startswith("drop") for row in report["depths"]]
     return [
         Section(
             "What is saved, and what is lost",

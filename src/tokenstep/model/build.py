@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from tokenstep.errors import TokenstepError
 from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.hosts.timm_vit import build_host
 from tokenstep.model.config import ModelConfig
@@ -59,3 +61,24 @@ def step_parts(
         heads = host.blocks[0].heads
         decoder = MaskDecoder(dim, classes, cells, heads=heads, settings=settings)
     return Parts(policy, tokenise, encoder, exits, decoder)
+
+
+def require_described(config: ModelConfig, model: nn.Module) -> None:
+    """Refuse to save a model that its settings alone would not build again.
+
+    Raises:
+        TokenstepError: parts were handed in that ``config`` does not describe.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is drawn after a save stays as it was
+            parts = step_parts(config)
+        described = {
+            f"{name}.{key}" for name in Parts.__slots__ for key in getattr(parts, name).state_dict()
+        }
+    except ValueError:  # a host of its own name
+        described = set()
+    if described != set(model.state_dict()):
+        raise TokenstepError(
+            "the model has parts of its own, which config.json does not describe: a folder of it "
+            "would not load; keep its state_dict, and build it in Python"
+        )

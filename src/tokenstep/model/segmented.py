@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenstep.core.partition import Grid, grid_of
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.core.unmerge import layer_of_cells
+from tokenstep.core.unmerge import dropped_cells, layer_of_cells
 from tokenstep.model.encoder import Rows, Trace
 
 
@@ -51,6 +51,7 @@ class TokenUse:
     halted: dict[int, int]  # blocks run -> tokens that halted there, one entry per exit
     level: NDArray[np.int8]  # (H, W): the cell lies in a superpatch of side 2 ** level
     layer: NDArray[np.int16]  # (H, W): blocks that the cell's token ran through, if in part
+    dropped: NDArray[np.bool_]  # (H, W): the cell's token was dropped, in block ``layer``
     depth: int  # blocks of the model
     owner: NDArray[np.int64]  # (H, W): flat index of the first cell that the cell's token has
     live: tuple[int, ...]  # tokens that entered each block
@@ -65,11 +66,16 @@ def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
 def token_uses(segmented: Segmented, exits: Sequence[int]) -> list[TokenUse]:
     """Where the tokens of each picture of a batch went; ``exits`` are those of the model."""
     depth, tokens = len(segmented.live), segmented.tokens
-    layers = layer_of_cells(tokens, depth)
-    return [_token_use(segmented, layers, index, exits) for index in range(len(segmented.sizes))]
+    layers, gone = layer_of_cells(tokens, depth), dropped_cells(tokens)
+    return [
+        _token_use(segmented, layers, gone, index=index, exits=exits)
+        for index in range(len(segmented.sizes))
+    ]
 
 
-def _token_use(segmented: Segmented, layers: Tensor, index: int, exits: Sequence[int]) -> TokenUse:
+def _token_use(
+    segmented: Segmented, layers: Tensor, gone: Tensor, *, index: int, exits: Sequence[int]
+) -> TokenUse:
     depth, tokens = len(segmented.live), segmented.tokens
     height, width = segmented.grid(index)
     halted = dict.fromkeys(exits, 0)
@@ -88,6 +94,7 @@ def _token_use(segmented: Segmented, layers: Tensor, index: int, exits: Sequence
         halted=halted,
         level=segmented.partition[index, :height, :width].cpu().numpy(),
         layer=layers[index, :height, :width].to(torch.int16).cpu().numpy(),
+        dropped=gone[index, :height, :width].cpu().numpy(),
         depth=depth,
         owner=first_cells(tokens.owner[index, :height, :width].cpu().numpy()),
         live=tuple(rows[index] - segmented.prefix for rows in segmented.live),

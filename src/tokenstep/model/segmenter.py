@@ -18,7 +18,7 @@ from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
 from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
-from tokenstep.model.build import Parts, step_parts
+from tokenstep.model.build import Parts, require_described, step_parts
 from tokenstep.model.card import model_card
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import CostCounter
@@ -286,7 +286,12 @@ class Segmenter(
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the settings as they are now, then the weights, each whole or not at all."""
+        """Write the settings as they are now, then the weights, each whole or not at all.
+
+        Raises:
+            TokenstepError: parts were handed in that the settings do not describe.
+        """
+        require_described(self.config, self)
         text = json.dumps(dataclasses.asdict(self.config), indent=1)
         write_text(save_directory / CONFIG, text + "\n")
         save_weights(self, save_directory / WEIGHTS)

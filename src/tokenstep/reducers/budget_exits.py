@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from tokenstep.core import ragged
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.reducers.exit_heads import ExitHeads
 from tokenstep.reducers.exits import Pruning
@@ -34,9 +33,8 @@ class BudgetPruning(Pruning):
         """Mask ``(T,)`` of the rows that halt at exit ``index``."""
         judged = ~tokens.is_prefix
         spared = self.spared(tokens, confidence, predicted, judged)
-        picture = tokens.picture()
         # Confidences are 0 to 1, so what is spared comes behind all others.
-        rank = ragged.rank_within(confidence - 2.0 * spared, picture * 2 + tokens.is_prefix)
+        rank = tokens.ranked(confidence - 2.0 * spared)
         patches = (tokens.owner >= 0).flatten(1).sum(1)
         count = (patches.double() * self.shares.get(self.exits.after[index], 0.0)).round().long()
-        return judged & (rank < count[picture])
+        return judged & (rank < count[tokens.picture()])

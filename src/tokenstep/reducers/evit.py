@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenstep.core import ragged
 from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.errors import TokenstepError
@@ -57,9 +56,7 @@ class EViT:
         first = torch.zeros_like(prefix)
         first[tokens.offsets[:-1][tokens.offsets.diff() > 0]] = True
         attention = seen.received(first & prefix if bool(prefix.any()) else ~prefix)
-        # Tokens and prefix rows are ranked apart: two groups in each picture.
-        rank = ragged.rank_within(attention, picture * 2 + prefix)
-        counts = torch.bincount(picture[~prefix], minlength=len(tokens.offsets) - 1)
+        rank, counts = tokens.ranked(attention), tokens.counts()
         kept = (counts.double() * self.keep).ceil().long()
         gone = ~prefix & (rank >= kept[picture])
         if not self.fuse:

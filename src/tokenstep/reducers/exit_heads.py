@@ -65,9 +65,12 @@ class DeepSupervision:
         self.seen: list[tuple[PackedTokens, Tensor]] = []
 
     def __call__(self, tokens: PackedTokens, block: int, seen: Attended | None = None) -> None:
-        """Record the tokens and logits of the exit after a block, if there is one."""
+        """Record the tokens and logits of the exit after a block, if there is one.
+
+        Tokens that were dropped are among them, with the features that they wait with.
+        """
         if block in self.exits.after:
-            index = self.exits.after.index(block)
+            index, tokens = self.exits.after.index(block), tokens.rejoined()
             self.seen.append((tokens, self.exits(tokens.x, index)))
 
     def macs(self, turn: Turn) -> int:

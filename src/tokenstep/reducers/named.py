@@ -38,7 +38,8 @@ def reducer_of(text: str) -> Reducer | Exits:
         given: dict[str, Any] = tomllib.loads(f"settings = {{{settings}}}")["settings"]
     except ValueError as error:  # TOML's own is one
         raise TokenstepError(
-            f"reducer {name}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}"
+            f"reducer {name}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}; a list as "
+            "[4,7]"
         ) from error
     reducer: Reducer | Exits = from_dict(kind, given, f"reducer {name}")
     return reducer

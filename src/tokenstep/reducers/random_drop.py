@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenstep.core import ragged
 from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.errors import TokenstepError
@@ -44,11 +43,10 @@ class RandomDrop:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
         longest = int(tokens.offsets.diff().max())
         drawn = torch.rand(longest, generator=generator).to(tokens.x.device)
-        picture, prefix = tokens.picture(), tokens.is_prefix
+        picture = tokens.picture()
         place = torch.arange(len(picture), device=picture.device) - tokens.offsets[picture]
-        rank = ragged.rank_within(drawn[place], picture * 2 + prefix)
-        counts = torch.bincount(picture[~prefix], minlength=len(tokens.offsets) - 1)
-        return Drop(~prefix & (rank < (counts * self.share).round().long()[picture]))
+        gone = (tokens.counts() * self.share).round().long()
+        return Drop(~tokens.is_prefix & (tokens.ranked(drawn[place]) < gone[picture]))
 
     def macs(self, turn: Turn) -> int:
         """None."""

@@ -140,6 +140,7 @@ def _joined(
     labels = np.empty(size, first.labels.dtype)
     level = np.empty(grid, first.tokens.level.dtype)
     layer = np.empty(grid, first.tokens.layer.dtype)
+    dropped = np.empty(grid, first.tokens.dropped.dtype)
     owner = np.empty(grid, first.tokens.owner.dtype)
     for number, ((rows, columns), result) in enumerate(zip(places, results, strict=True)):
         # Each window counts its cells from 0: names of their own until all are in place.
@@ -148,6 +149,7 @@ def _joined(
             (labels, result.labels, 1),
             (level, result.tokens.level, patch),
             (layer, result.tokens.layer, patch),
+            (dropped, result.tokens.dropped, patch),
             (owner, own, patch),
         ):
             kept, source = zip(*(_slices(span, scale) for span in (rows, columns)), strict=True)
@@ -164,6 +166,7 @@ def _joined(
             halted={after: sum(use.halted[after] for use in uses) for after in uses[0].halted},
             level=level,
             layer=layer,
+            dropped=dropped,
             depth=uses[0].depth,
             owner=first_cells(owner),
             live=tuple(map(sum, zip(*(use.live for use in uses), strict=True))),
