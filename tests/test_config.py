@@ -127,7 +127,7 @@ def test_a_model_that_does_not_fit_together_is_refused(changes: dict[str, object
 def test_settings_switch_each_half_off() -> None:
     both = Thresholds((0.1,), (0.2,), 3)
     assert both.without_merging() == Thresholds((), (0.2,), 3)
-    assert both.merging_alone() == Thresholds((0.1,), (), 3)
+    assert both.without_exits() == Thresholds((0.1,), (), 3)
 
 
 PHASE = Phase(steps=1, batch=1, crop=(32, 32))

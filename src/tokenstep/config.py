@@ -69,7 +69,7 @@ class Thresholds:
         """The same with merging off."""
         return replace(self, merge=())
 
-    def merging_alone(self) -> "Thresholds":
+    def without_exits(self) -> "Thresholds":
         """The same with exits and other reducers off."""
         return Thresholds(self.merge, (), self.spare)
 
@@ -92,6 +92,9 @@ class Budget:
     exits: dict[int, float] = field(default_factory=dict)
     spare: int = 5
     reducers: tuple[str, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash((*self.merge.items(), *self.exits.items(), self.spare, self.reducers))
 
 
 Spending = Thresholds | Budget  # how much to save: judged in each picture, or equal for all

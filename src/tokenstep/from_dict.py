@@ -62,8 +62,10 @@ def _mapping(args: tuple[Any, ...], value: object, where: str) -> object:
     if not isinstance(value, dict):
         raise TokenstepError(f"{where}: expected a table, got {value!r}")
     for key in value:
-        if not str(key).isdecimal():
+        if not (str(key).isascii() and str(key).isdecimal() and len(str(key)) < 10):
             raise TokenstepError(f"{where}: expected keys that are whole numbers, got {key!r}")
+    if len({int(key) for key in value}) < len(value):
+        raise TokenstepError(f"{where}: expected each key once, got {', '.join(map(str, value))}")
     return {int(key): _convert(args[1], item, f"{where}: {key}") for key, item in value.items()}
 
 

@@ -114,8 +114,9 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
 
     fixed = found["point"]["fixed"]
     (tmp_path / "budget.json").write_text(json.dumps(fixed["budget"]))
-    for budget in ("point", tmp_path / "budget.json"):
-        spent = ["--model", out, "--max-loss", "100", "--budget", budget, *options]
+    knob = ["--max-loss", "100", "--budget", "point"]
+    for budget in (knob, ["--budget", tmp_path / "budget.json"]):
+        spent = ["--model", out, *budget, *options]
         code, stdout, _ = call("evaluate", *spent, "--json", "-")
         found = json.loads(stdout)
         assert code == 0 and found["settings"]["merge"] == fixed["budget"]["merge"]
@@ -124,11 +125,13 @@ def test_calibrate_gives_segment_and_evaluate_their_knob(
     for wrong in ("point", tmp_path / "none.json", out / "model.safetensors"):
         assert "--budget" in refused("evaluate", "--model", saved, *options, "--budget", wrong)
     assert found["point"] is None, "the last budget is no operating point's, for all it knows"
+    file = ["--budget", tmp_path / "budget.json", "--out", tmp_path / "b"]
     spent = ["--model", out, "--max-loss", "100", "--budget", "point", "--out", tmp_path / "b"]
     code, stdout, _ = call("segment", photo, *spent)
     assert code == 0 and f"budget of the operating point: {fixed['loss']:.2f}" in stdout
     told = json.loads((tmp_path / "b" / "report.json").read_text())
     assert (told["budget"], told["thresholds"]) == (fixed["budget"], None)
+    assert "--max-loss" in refused("segment", photo, "--model", out, *spent[2:4], *file)
     both = ["--budget", tmp_path / "budget.json", "--merge", "off"]
     assert "--merge" in refused("evaluate", "--model", out, *options, *both)
 
@@ -220,7 +223,18 @@ def test_a_model_that_names_an_unknown_reducer_is_refused(
 ) -> None:
     folder = shutil.copytree(saved, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
-    config["thresholds"]["reducers"] = ["tom:share=0.1"]
+    for text, said in (
+        ("tom:share=0.1", "reducer tom: choose from"),
+        ("exits:thresholds=[0.3,0.4]", "one threshold per exit"),
+        ("evit:blocks=[9]", "of a model that has"),
+    ):
+        config["thresholds"]["reducers"] = [text]
+        (folder / "config.json").write_text(json.dumps(config))
+        message = refused("segment", photo, "--model", folder)
+        assert said in message and str(folder) in message
+    config["thresholds"]["reducers"] = ["exits:thresholds=[0.36]"]
     (folder / "config.json").write_text(json.dumps(config))
-    message = refused("segment", photo, "--model", folder)
-    assert "reducer tom: choose from" in message and str(folder) in message
+    code, _, _ = call("segment", photo, "--model", folder, "--exits", "off", "--out", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 0 and report["settings"]["reducers"] == []
+    assert not any(report["images"][0]["tokens"]["halted"].values())

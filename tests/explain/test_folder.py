@@ -214,7 +214,7 @@ def test_other_classes_are_refused(model: Segmenter, tmp_path: Path) -> None:
 
 def test_merging_alone_is_run_where_it_is_another_way() -> None:
     assert list(methods_of(STEP)) == ["dense", "merging_alone", "step"]
-    assert list(methods_of(STEP.merging_alone())) == ["dense", "step"]
+    assert list(methods_of(STEP.without_exits())) == ["dense", "step"]
     assert methods_of(DENSE)["step"] == DENSE
 
 

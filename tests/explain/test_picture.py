@@ -88,7 +88,7 @@ def test_exits_that_are_off_look_on_all_the_same(model: Segmenter) -> None:
     assert all(row["halted"] == 0 and row["above_the_bar"] is None for row in report["exits"])
 
 
-@pytest.mark.parametrize("thresholds", [STEP, DENSE, STEP.merging_alone(), STEP.without_merging()])
+@pytest.mark.parametrize("thresholds", [STEP, DENSE, STEP.without_exits(), STEP.without_merging()])
 def test_the_rows_add_up(model: Segmenter, thresholds: Thresholds) -> None:
     view = view_of(model, picture(), thresholds)
     report, use = explain_picture(view), view.result.tokens

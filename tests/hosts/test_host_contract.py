@@ -91,7 +91,7 @@ def test_nothing_reduced_is_the_original_for_mixed_sizes(
             assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("change", ["double", "bfloat16", "a copy", "loaded"])
+@pytest.mark.parametrize("change", ["double", "bfloat16", "a copy", "loaded", "assigned"])
 def test_it_stays_one_with_the_stages_that_hold_its_parts(
     hosted: tuple[Stages, Callable[[Tensor], Tensor]], change: str
 ) -> None:
@@ -112,6 +112,13 @@ def test_it_stays_one_with_the_stages_that_hold_its_parts(
                     weight.zero_()
                 assert not torch.allclose(before[0], stages(images)[0])
                 stages.load_state_dict(state)
+            case "assigned":
+                changed = copy.deepcopy(stages)
+                scramble(changed)
+                assert not torch.allclose(before[0], changed(images)[0])
+                called = torch.func.functional_call(changed, stages.state_dict(), (images,))
+                assert torch.allclose(called[0], before[0], atol=1e-5)
+                changed.load_state_dict(stages.state_dict(), assign=True)
             case dtype:
                 changed = stages.to(getattr(torch, dtype))
                 images = [image.to(getattr(torch, dtype)) for image in images]

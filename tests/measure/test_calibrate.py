@@ -1,6 +1,7 @@
 """Calibration: thresholds that pay, a front that nothing beats, and points that hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import labelled_folder
 
-from tokenstep.config import DENSE, Thresholds
+from tokenstep.config import DENSE, Budget, MeasuredBudget, OperatingPoint, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 from tokenstep.measure.calibrate import (
     best_threshold,
+    budget_of,
     calibrate,
     combinations,
     contenders,
@@ -28,6 +30,7 @@ from tokenstep.measure.calibrate import (
 from tokenstep.measure.quality import Method
 from tokenstep.measure.quality import measure as measure_methods
 from tokenstep.measure.settings import Search
+from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import Segmenter
 
 
@@ -36,6 +39,7 @@ def measure(model: Segmenter, folder: LabelledFolder, thresholds: Thresholds) ->
     return measure_methods(model, folder, [Method(thresholds)])[0]
 
 
+POINT = OperatingPoint(Thresholds(merge=(0.5,) * 4), 0.5, 0.2, 1.0, 9.0, 0.0, "val", 3)
 SEARCH = Search(prices=(0.5, 2.0), bars=(0.35, 0.4), sample=2, confirm=6)
 
 
@@ -250,3 +254,31 @@ def test_a_reducer_can_be_what_pays_and_is_saved_with_the_model(
     assert (one.labels == other.labels).all() and one.cost == other.cost
     cost = model.costs.dense((image.shape[1], image.shape[2]))
     assert one.cost.total < cost.total and one.cost.reducers > 0
+
+
+def test_the_shares_of_a_budget_never_sum_to_more_than_all() -> None:
+    """Two thirds and a third, rounded each for itself, would."""
+    for thirds in ((1 / 3, 2 / 3), (2 / 3, 1 / 3), (0.113208, 0.886792)):
+        shares = {"merge": dict(zip(("2", "4"), thirds, strict=True)), "exits": {}}
+        budget = budget_of({"shares": shares}, Thresholds())
+        assert 1 - 3e-5 < sum(budget.merge.values()) <= 1
+
+
+def test_exits_are_not_searched_as_reducers_too(
+    model: Segmenter, folder: LabelledFolder, tmp_path: Path
+) -> None:
+    search = Search(reducers=("exits:thresholds=[0.5,0.5]",))
+    with pytest.raises(TokenstepError, match="exits are searched"):
+        calibrate(model, folder, tmp_path / "notes.json", search=search)
+
+
+def test_within_a_loss_a_budget_is_chosen_by_its_own() -> None:
+    first, second = (
+        replace(POINT, gmac=gmac, fixed=MeasuredBudget(Budget({2: gmac / 9}), 0.5, loss, gmac))
+        for gmac, loss in ((1.0, 3.0), (2.0, 0.4))
+    )
+    config = ModelConfig(("a", "b"), ((0, 0, 0), (9, 9, 9)), points=(first, second))
+    assert config.point_within(0.5) == first
+    assert config.point_within(0.5, by_budget=True) == second
+    assert config.point_within(0.1, by_budget=True) is None
+    assert len({first, second}) == 2, "points can be put in sets"

@@ -44,7 +44,7 @@ def test_each_row_is_what_measuring_it_alone_gives(
     methods = {
         "dense": Method(),
         "dense at 0.5 x the sides": Method(scale=0.5),
-        "learned partition (merging alone)": Method(SETTINGS.merging_alone()),
+        "learned partition (merging alone)": Method(SETTINGS.without_exits()),
         "exits alone": Method(SETTINGS.without_merging()),
         "STEP": Method(SETTINGS),
         "STEP, 0.25 points below the best on val": Method(model.config.points[0].thresholds),

@@ -1,6 +1,7 @@
 """The benchmark times real pictures at sizes that they have, and relates rows to dense ones."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -156,6 +157,9 @@ def test_a_backbone_takes_the_policy_along(model: Segmenter) -> None:
         with_backbone(model, "vit_tiny_patch16_224")
     with pytest.raises(TokenstepError, match="no_such_vit"):
         with_backbone(model, "no_such_vit")
+    model.config = replace(model.config, temperatures=(1.5, 2.0))  # as calibration leaves it
+    other = with_backbone(model, "vit_small_patch8_224")
+    assert other.patch == model.patch and other.config.temperatures == ()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -81,6 +81,9 @@ def test_the_best_superpatches_are_those_of_the_policy(model: Segmenter) -> None
         (Budget({}, {3: 0.1}), "exit"),
         (Budget({2: float("nan")}), "0 or more"),
         (Budget(spare=-1), "spare"),
+        (Budget(spare=10**30), "spare"),
+        (Budget(reducers=("exits:thresholds=[0.5,0.5]",)), "shares"),
+        ({"merge": {2: 0.5}}, "tokenstep.Budget"),
     ],
 )
 def test_a_budget_that_does_not_fit_is_refused(
@@ -99,10 +102,14 @@ def test_a_budget_is_instead_of_thresholds(model: Segmenter) -> None:
         model.segment(image, budget=BUDGET, max_loss=0)
 
 
+TWICE = {"merge": {"2": 0.1, "02": 0.2}}
+LONG = {"merge": {"1" * 5000: 0.1}}
+
+
 def test_a_budget_survives_json() -> None:
     text = json.dumps(asdict(BUDGET))
     assert json.loads(text)["merge"] == {"2": 0.4, "4": 0.3}
     assert from_dict(Budget, json.loads(text), "budget.json") == BUDGET
-    for wrong in ({"merge": {"two": 0.5}}, {"merge": [0.5]}, {"merge": {"2": "half"}}):
+    for wrong in ({"merge": {"two": 0.5}}, {"merge": [0.5]}, {"merge": {"2": "half"}}, TWICE, LONG):
         with pytest.raises(TokenstepError, match=r"budget\.json: merge"):
             from_dict(Budget, wrong, "budget.json")

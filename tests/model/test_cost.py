@@ -61,7 +61,7 @@ def interpolated(model: Segmenter, images: list[torch.Tensor]) -> float:
     """GMAC of scaling the positions: interpolation is not counted, though it runs as products."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for grid in {grid_of(image.shape[-2:], model.patch) for image in images}:
-            assert model.encoder.host.positions(grid) is not None
+            assert model.encoder.host.positions(model.tokenise, grid) is not None
     return counter.get_total_flops() / 2e9
 
 
@@ -179,7 +179,7 @@ def test_a_trunk_whose_compute_has_no_formula_is_not_trained_but_goes_on_running
 def test_merging_and_exits_each_save(tiny_model: TinyModel) -> None:
     model, image = tiny_model(depth=6, exits=(1, 2)), torch.rand(3, 96, 96)
     dense = used(model, image, DENSE).cost
-    merged = used(model, image, REDUCED.merging_alone()).cost
+    merged = used(model, image, REDUCED.without_exits()).cost
     both = used(model, image, REDUCED).cost
     assert both.blocks < merged.blocks < dense.blocks
     assert merged.embed < dense.embed and both.decoder < merged.decoder < dense.decoder

@@ -50,9 +50,8 @@ def one_window(build: Tokeniser, picture: Tensor, top: int, left: int, side: int
 def reference(build: Tokeniser, picture: Tensor, level: Tensor) -> Tensor:
     """Tokens of one picture, one superpatch after the other."""
     height, width = level.shape
-    vit = build.host.vit
-    prefix = 0 if vit.no_embed_class else build.prefix_count
-    table = build.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, vit.patch_embed.grid_size)
+    prefix = build.prefix_count if build.host.prefix_has_position else 0
+    table = build.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, build.host.table_grid)
     table = resampled(table, (height, width))
     rows = []
     for row in range(height):
@@ -178,7 +177,7 @@ def test_prefix_rows_are_those_of_the_vit() -> None:
     build = tokeniser(reg_tokens=2)
     tokens, _ = tokens_and_level(build)
     expected = torch.cat([build.cls_token[0], build.reg_token[0]])
-    if not build.host.vit.no_embed_class:
+    if build.host.prefix_has_position:
         expected = expected + build.pos_embed[0, :3]
     for start in tokens.offsets[:-1]:
         assert torch.equal(tokens.x[start : start + 3], expected)

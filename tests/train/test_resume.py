@@ -41,7 +41,11 @@ class Runs:
             )
         made = segmenter_recipe(self.data, self.policy, out, phase, second)
         vit = dataclasses.replace(VIT, drop_path=0.3, policy_features=True)
-        return dataclasses.replace(made, vit=vit, trainer=trainer, class_balance=0.4)
+        # Dropped tokens are supervised too, where the second phase prunes.
+        thresholds = dataclasses.replace(made.thresholds, reducers=("random:share=0.2",))
+        return dataclasses.replace(
+            made, vit=vit, trainer=trainer, class_balance=0.4, thresholds=thresholds
+        )
 
     def _whole(self, kind: str, steps: int, devices: int) -> Path:
         out = self.folder / f"{kind}-{steps}-{devices}"

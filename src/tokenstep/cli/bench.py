@@ -20,6 +20,7 @@ from tokenstep.cli.options import (
     Threads,
     choose,
     load_model,
+    require_reducers,
     spending_of,
 )
 from tokenstep.errors import TokenstepError
@@ -101,18 +102,19 @@ def bench_command(
         raise typer.Exit(2)
     if not force:
         _refuse_noise(paths)
+    of_model = None if backbone else reducer
     thresholds, point = choose(
-        network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
+        network, max_loss=max_loss, merge=merge, exits=exits, reducer=of_model
     )
     if backbone is not None:
+        network, point = with_backbone(network, backbone), None
+        require_reducers(network, reducer or [])
         # Exits of random weights are never sure, so they only cost.
-        network, thresholds, point = (
-            with_backbone(network, backbone),
-            replace(thresholds, exits=()),
-            None,
-        )
-    by_hand = merge is not None or exits is not None
-    spending, point = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+        thresholds = replace(thresholds.without_exits(), reducers=tuple(reducer or []))
+    by_hand = bool(merge or exits or reducer)
+    spending, point = spending_of(
+        network, budget, thresholds, point, max_loss=max_loss, by_hand=by_hand
+    )
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):

@@ -137,8 +137,10 @@ def segment(
     thresholds, point = choose(
         network, dense=dense, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
     )
-    by_hand = dense or merge is not None or exits is not None
-    spending, point = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+    by_hand = dense or bool(merge or exits or reducer)
+    spending, point = spending_of(
+        network, budget, thresholds, point, max_loss=max_loss, by_hand=by_hand
+    )
     if tile is not None:
         require_side(network, tile)
     require_writable(out)

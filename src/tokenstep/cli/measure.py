@@ -73,8 +73,10 @@ def evaluate_command(
     thresholds, point = choose(
         network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
     )
-    by_hand = merge is not None or exits is not None
-    spending, point = spending_of(network, budget, thresholds, point, by_hand=by_hand)
+    by_hand = bool(merge or exits or reducer)
+    spending, point = spending_of(
+        network, budget, thresholds, point, max_loss=max_loss, by_hand=by_hand
+    )
     method = Method(spending, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))

@@ -132,7 +132,7 @@ def choose(
             raise TokenstepError(f"--reducer: stands in the place of the exits; leave out {wrong}")
         thresholds, _ = choose(model, max_loss=max_loss, merge=merge)
         require_reducers(model, reducer)
-        return replace(thresholds.merging_alone(), reducers=tuple(reducer)), None
+        return replace(thresholds.without_exits(), reducers=tuple(reducer)), None
     by_hand = merge is not None or exits is not None
     if dense and (by_hand or max_loss is not None):
         raise TokenstepError("--dense: leave out --max-loss, --merge and --exits")
@@ -157,7 +157,8 @@ def _by_hand(model: "Segmenter", merge: str | None, exits: str | None) -> Thresh
         )
     if exits is not None:
         after = model.config.vit.exits
-        thresholds = replace(thresholds, exits=_thresholds("--exits", exits, after, "exit"))
+        of_exits = _thresholds("--exits", exits, after, "exit")
+        thresholds = replace(thresholds, exits=of_exits, reducers=())
     model.config.check(thresholds)
     return thresholds
 
@@ -186,28 +187,18 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
 
 
 def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
-    """Refuse what ``--reducer`` asks for if there is no such reducer, or it would never act.
+    """Refuse what ``--reducer`` asks for if there is no such reducer, or it does not fit.
 
     Raises:
         TokenstepError: names the option and the remedy.
     """
-    from tokenstep.model.spending import reducers_of
+    from tokenstep.model.spending import require_reducers
 
-    depth = len(model.encoder.host.blocks)
-    for text in texts:
-        try:
-            named = Thresholds(reducers=(text,))
-            (reducer,) = reducers_of(named, model.exits, model.config.temperatures)
-        except TokenstepError as fault:
-            raise TokenstepError(f"--{fault}") from fault
-        except ValueError as fault:
-            raise TokenstepError(f"--reducer {text}: {fault}") from fault
-        blocks = getattr(reducer, "blocks", ())
-        if any(block > depth for block in blocks):
-            raise TokenstepError(
-                f"--reducer {text}: acts in the blocks {blocks} of a model that has {depth}: name "
-                "some of these, as blocks=[1,2]"
-            )
+    named = Thresholds(reducers=tuple(texts))
+    try:
+        require_reducers([named], model.exits, len(model.encoder.host_blocks()))
+    except TokenstepError as fault:
+        raise TokenstepError(f"--{fault}") from fault
 
 
 def spending_of(
@@ -216,11 +207,13 @@ def spending_of(
     thresholds: Thresholds,
     point: OperatingPoint | None,
     *,
-    by_hand: bool,
+    max_loss: float | None = None,
+    by_hand: bool = False,
 ) -> tuple[Spending, OperatingPoint | None]:
     """What ``--budget`` asks for, and its operating point; without it what was chosen before.
 
-    That are ``thresholds`` of ``point``; ``by_hand`` says that --merge or --exits chose them.
+    That are ``thresholds`` of ``point``. ``by_hand`` says that --dense, --merge, --exits or
+    --reducer chose them. With ``max_loss`` the budget itself loses at most so much.
 
     Raises:
         TokenstepError: there is no such budget, it does not fit the model, or other options
@@ -228,24 +221,17 @@ def spending_of(
     """
     if budget is None:
         return thresholds, point
-    if thresholds.reducers:
-        raise TokenstepError(
-            '--budget: names reducers itself, as in its "reducers"; leave out --reducer'
-        )
     if by_hand:
         raise TokenstepError(
-            "--budget: says what merges and halts; leave out --dense, --merge and --exits"
+            "--budget: leave out --dense, --merge, --exits and --reducer; a file may name reducers"
         )
     if budget == "point":
-        if point is None or point.fixed is None:
-            raise TokenstepError(
-                "--budget point: no calibrated budget belongs to these settings; choose by "
-                "--max-loss, run tokenstep calibrate on the model, or give a JSON file"
-            )
-        return point.fixed.budget, point
+        return _budget_of_point(model, point, max_loss)
+    if max_loss is not None:
+        raise TokenstepError("--budget FILE: says what is spent; leave out --max-loss")
     try:
         read = json.loads(Path(budget).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenstepError(
             f"--budget {budget}: is no JSON file of a budget, such as "
             '{"merge": {"2": 0.4}, "exits": {"3": 0.2}}; or give point'
@@ -254,3 +240,18 @@ def spending_of(
     model.config.check(given)
     require_reducers(model, given.reducers)
     return given, None
+
+
+def _budget_of_point(
+    model: "Segmenter", point: OperatingPoint | None, max_loss: float | None
+) -> tuple[Budget, OperatingPoint | None]:
+    if max_loss is not None:
+        point = model.config.point_within(max_loss, by_budget=True)
+        if point is None:  # dense
+            return Budget(), None
+    if point is None or point.fixed is None:
+        raise TokenstepError(
+            "--budget point: no calibrated budget belongs to these settings; choose by "
+            "--max-loss, run tokenstep calibrate on the model, or give a JSON file"
+        )
+    return point.fixed.budget, point

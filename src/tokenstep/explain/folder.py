@@ -24,7 +24,7 @@ def methods_of(thresholds: Thresholds) -> dict[str, Thresholds]:
     """The methods by name: dense, the merging of ``thresholds`` alone, and ``thresholds``."""
     methods = {"dense": DENSE}
     if thresholds.merge and thresholds.exits:
-        methods["merging_alone"] = thresholds.merging_alone()
+        methods["merging_alone"] = thresholds.without_exits()
     return {**methods, STEP: thresholds}
 
 

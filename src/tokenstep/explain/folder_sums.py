@@ -29,7 +29,7 @@ class FolderSums:
         self.names = model.config.classes
         self.methods = tuple(methods)
         self.patch = model.patch
-        self.depth = len(model.encoder.host.blocks)
+        self.depth = len(model.encoder.host_blocks())
         # Exits, the last block, and behind them the blocks that may drop tokens.
         self.depths = [*model.exits.after, *range(self.depth, 2 * self.depth + 1)]
         # Distances from a boundary in px, up to two patches.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,10 @@ class HostBlock(Protocol):
 
 
 class Host(Protocol):
-    """A ViT. It is no module itself: a segmenter's stages hold its parts, by the names given here.
+    """A ViT. It is no module itself: two stages of a segmenter hold what it learned.
 
+    They take the parts of :meth:`before` and :meth:`behind` by their names, and hand themselves
+    in wherever these are used. So whatever is done to a stage (moved, loaded, replaced) is done.
     ``patch`` is the side of a patch and ``margin`` how far around a patch its embedding reads,
     both in pixels; ``prefix`` counts CLS and register rows, ``dim`` features.
     """
@@ -55,36 +57,35 @@ class Host(Protocol):
     prefix: int
     dim: int
 
-    @property
-    def blocks(self) -> Sequence[HostBlock]:
-        """Its blocks, first to last."""
-        ...
-
     def before(self) -> Mapping[str, Learned]:
-        """What it learned for use before its blocks, by name."""
+        """What it learned for use before its blocks, by name: the parts of the ``stem``."""
         ...
 
     def behind(self) -> Mapping[str, Learned]:
-        """Its blocks and what it learned for use behind them, by name."""
+        """Its blocks and what it learned for use behind them, by name: the ``trunk``'s parts."""
         ...
 
-    def embed(self, windows: Tensor) -> Tensor:
+    def embed(self, stem: Any, windows: Tensor) -> Tensor:
         """Windows ``(n, 3, k, k)`` of normalised pixels, a patch and its margin -> ``(n, D)``."""
         ...
 
-    def prefix_rows(self) -> Tensor:
+    def prefix_rows(self, stem: Any) -> Tensor:
         """CLS and register rows with their positions, ``(prefix, D)``."""
         ...
 
-    def positions(self, grid: Grid) -> Tensor | None:
+    def positions(self, stem: Any, grid: Grid) -> Tensor | None:
         """Position embedding of the cells of a grid, ``(1, D, H, W)``, if it is added to them."""
         ...
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, stem: Any, x: Tensor) -> Tensor:
         """What happens to rows ``(..., D)`` before the first block: norm, dropout."""
         ...
 
-    def norm(self, x: Tensor) -> Tensor:
+    def blocks(self, trunk: Any) -> Sequence[HostBlock]:
+        """Its blocks, first to last."""
+        ...
+
+    def norm(self, trunk: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""
         ...
 

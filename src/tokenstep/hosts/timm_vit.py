@@ -1,7 +1,7 @@
 """A timm ViT with global attention as a host."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,59 +25,62 @@ class TimmViT:
 
     def __init__(self, vit: PlainViT, embedding: nn.Module | None = None) -> None:
         require_supported(vit)
-        self.vit = vit
-        self.embedding = LinearEmbed(vit.patch_embed) if embedding is None else embedding
+        embedding = LinearEmbed(vit.patch_embed) if embedding is None else embedding
         self.patch = int(vit.patch_embed.patch_size[0])
-        self.margin = cast(int, self.embedding.margin)
+        self.margin = cast(int, embedding.margin)
         self.prefix = int(vit.num_prefix_tokens)
         self.dim = int(vit.embed_dim)
-        self.blocks = [TimmBlock(block) for block in vit.blocks]
+        self.table_grid: Grid = tuple(vit.patch_embed.grid_size)
+        self.prefix_has_position = vit.pos_embed is not None and not vit.no_embed_class
+        self.parts: tuple[dict[str, Learned], dict[str, Learned]] = (
+            {
+                "embed": embedding,
+                "cls_token": vit.cls_token,
+                "reg_token": vit.reg_token,
+                "pos_embed": vit.pos_embed,
+                "pos_drop": vit.pos_drop,
+                "norm_pre": vit.norm_pre,
+            },
+            {"blocks": vit.blocks, "norm": vit.norm},
+        )
 
     def before(self) -> Mapping[str, Learned]:
         """What it learned for use before its blocks, by name."""
-        vit = self.vit
-        return {
-            "embed": self.embedding,
-            "cls_token": vit.cls_token,
-            "reg_token": vit.reg_token,
-            "pos_embed": vit.pos_embed,
-            "pos_drop": vit.pos_drop,
-            "norm_pre": vit.norm_pre,
-        }
+        return self.parts[0]
 
     def behind(self) -> Mapping[str, Learned]:
         """Its blocks and the norm behind them, by name."""
-        return {"blocks": self.vit.blocks, "norm": self.vit.norm}
+        return self.parts[1]
 
-    def embed(self, windows: Tensor) -> Tensor:
+    def embed(self, stem: Any, windows: Tensor) -> Tensor:
         """Windows ``(n, 3, k, k)``, a patch and its margin -> ``(n, D)``."""
-        return cast(Tensor, self.embedding(windows))
+        return cast(Tensor, stem.embed(windows))
 
-    def prefix_rows(self) -> Tensor:
+    def prefix_rows(self, stem: Any) -> Tensor:
         """CLS and register rows with their positions, ``(prefix, D)``."""
-        vit = self.vit
-        parts = [part[0] for part in (vit.cls_token, vit.reg_token) if part is not None]
+        parts = [part[0] for part in (stem.cls_token, stem.reg_token) if part is not None]
         rows = torch.cat(parts)
-        if vit.pos_embed is not None and not vit.no_embed_class:
-            rows = rows + vit.pos_embed[0, : self.prefix]
-        return rows
+        return rows + stem.pos_embed[0, : self.prefix] if self.prefix_has_position else rows
 
-    def positions(self, grid: Grid) -> Tensor | None:
+    def positions(self, stem: Any, grid: Grid) -> Tensor | None:
         """Position embedding of the cells of a grid, ``(1, D, H, W)``, resampled as timm does."""
-        vit = self.vit
-        if vit.pos_embed is None:
+        if stem.pos_embed is None:
             return None
-        prefix = 0 if vit.no_embed_class else self.prefix
-        table = vit.pos_embed[:, prefix:].transpose(1, 2)
-        return resampled(torch.unflatten(table, 2, tuple(vit.patch_embed.grid_size)), grid)
+        prefix = self.prefix if self.prefix_has_position else 0
+        table = stem.pos_embed[:, prefix:].transpose(1, 2)
+        return resampled(torch.unflatten(table, 2, self.table_grid), grid)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, stem: Any, x: Tensor) -> Tensor:
         """Dropout and norm of rows ``(..., D)`` before the first block."""
-        return cast(Tensor, self.vit.norm_pre(self.vit.pos_drop(x)))
+        return cast(Tensor, stem.norm_pre(stem.pos_drop(x)))
 
-    def norm(self, x: Tensor) -> Tensor:
+    def blocks(self, trunk: Any) -> list[TimmBlock]:
+        """Its blocks, first to last."""
+        return [TimmBlock(block) for block in trunk.blocks]
+
+    def norm(self, trunk: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""
-        return cast(Tensor, self.vit.norm(x))
+        return cast(Tensor, trunk.norm(x))
 
 
 def build_host(config: VitConfig, weights: WeightFile | None = None) -> TimmViT:

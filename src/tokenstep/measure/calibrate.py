@@ -19,6 +19,7 @@ from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.digests import FILES, digests_of
 from tokenstep.data.labelled_folder import LabelledFolder
+from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 from tokenstep.measure.measurement_cache import MeasurementCache
 from tokenstep.measure.reliability import fit_exits
@@ -45,10 +46,12 @@ def calibrate(
     cheapest point within 0.5 points of loss.
 
     Raises:
-        TokenstepError: the folder's classes are not the model's, a file cannot be read, or
-            ``notes`` is no file of this program.
+        TokenstepError: the folder's classes are not the model's, a file cannot be read,
+            ``notes`` is no file of this program, or exits are among the reducers to search.
     """
     search = search or Search()
+    if any(reducer.partition(":")[0] == "exits" for reducer in search.reducers):
+        raise TokenstepError("calibrate: exits are searched as they are; give other reducers")
     digests = digests_of([folder], notes.parent / FILES)
     require_sound([folder], digests=digests, cache=notes.parent / SOUND)
     model.config = dataclasses.replace(model.config, points=(), temperatures=())
@@ -147,8 +150,11 @@ def add_budgets(
 
 def budget_of(report: dict[str, Any], thresholds: Thresholds) -> Budget:
     """The budget whose shares are the means of the report of ``thresholds``."""
+    # Cut off, not rounded: shares that fill the grid would sum to more than all of it.
     shares = {
-        part: {key: round(share, 5) for key, share in report["shares"][part].items() if share}
+        part: {
+            key: int(1e5 * share) / 1e5 for key, share in report["shares"][part].items() if share
+        }
         for part in ("merge", "exits")
     }
     shares["merge"].pop("1", None)  # patches that stay alone

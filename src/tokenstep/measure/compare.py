@@ -41,7 +41,7 @@ def compare(
     """
     methods = methods_of(model, folder, thresholds)
     if reducers:
-        methods[" ".join(reducers)] = Method(replace(thresholds.merging_alone(), reducers=reducers))
+        methods[" ".join(reducers)] = Method(replace(thresholds.without_exits(), reducers=reducers))
     for spent in rivalled:
         methods |= rivalling(model, folder, spent)
     reports = measure(model, folder, list(methods.values()), on_picture=on_picture)
@@ -68,7 +68,7 @@ def methods_of(
     for scale in SCALES:
         methods[f"dense at {scale:g} x the sides"] = Method(scale=scale)
     if thresholds.merge:
-        merging = thresholds.merging_alone()
+        merging = thresholds.without_exits()
         tolerance = oracle_tolerance(model, folder.thinned(20), merging)
         methods["random partition"] = Method(merging, "random")
         methods["learned partition (merging alone)"] = Method(merging)
@@ -97,7 +97,7 @@ def rivalling(
     methods = rivals_at(model, folder.thinned(2), gmac)
     if thresholds.merge:
         tolerance = oracle_tolerance(model, some, thresholds)
-        exits = f"and the exits of STEP at {gmac:.1f} GMAC"
+        exits = f"and the exits of STEP at {gmac:.4g} GMAC"
         methods[f"random partition {exits}"] = Method(thresholds, "random")
         methods[f"oracle partition {exits}"] = Method(thresholds, "oracle", tolerance)
     return methods

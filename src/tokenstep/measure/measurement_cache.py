@@ -52,7 +52,7 @@ class MeasurementCache:
         text = json.dumps(of_folder(folder, self.digests))
         data = hashlib.sha256(text.encode()).hexdigest()[:16]
         key = json.dumps([data, dataclasses.asdict(spending)])
-        if "shares" not in self.entries.get(key, {}):  # 0.1 did not count them
+        if key not in self.entries:
             (self.entries[key],) = measure(self.model, folder, [Method(spending)])
             text = json.dumps({"model": self.model_digest, "entries": self.entries}, indent=1)
             write_text(self.path, text + "\n")

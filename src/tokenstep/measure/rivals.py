@@ -40,7 +40,7 @@ def _by(text: str) -> Method:
 
 def _third_parts(model: Segmenter) -> str:
     """EViT's blocks 4, 7 and 10 of 12, as deep in a model of another depth."""
-    depth = len(model.encoder.host.blocks)
+    depth = len(model.encoder.host_blocks())
     blocks = dict.fromkeys(1 + depth * quarter // 4 for quarter in (1, 2, 3))
     return f"blocks={[*blocks]}"
 
@@ -64,7 +64,7 @@ def rivals_at(model: Segmenter, folder: LabelledFolder, wanted: float) -> dict[s
     for name, rival in RIVALS.items():
         strength, gmac = strength_at(partial(_gmac_at, model, folder, rival), wanted)
         close = abs(gmac / wanted - 1) < CLOSE
-        where = f"at {gmac:.1f} GMAC" if close else f"at its nearest, {gmac:.1f} GMAC"
+        where = f"at {gmac:.4g} GMAC" if close else f"at its nearest, {gmac:.4g} GMAC"
         methods[f"{name} {where}"] = rival(model, strength)
     return methods
 

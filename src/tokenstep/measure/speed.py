@@ -268,9 +268,10 @@ def with_backbone(model: Segmenter, name: str) -> Segmenter:
     """
     config = model.config
     cells = config.vit.cells
-    other = replace(config, vit=VitConfig(name, cells=cells), thresholds=DENSE, points=())
+    vit = VitConfig(name, cells=cells)
+    other = replace(config, vit=vit, thresholds=DENSE, points=(), temperatures=())
     try:
-        built = Segmenter.build(replace(other, temperatures=()))
+        built = Segmenter.build(other)
     except ValueError as error:
         raise TokenstepError(f"--backbone {name}: {error}") from error
     if built.patch != model.patch:

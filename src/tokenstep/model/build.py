@@ -41,7 +41,9 @@ def step_parts(
             between its blocks; or the policy has other patches.
     """
     host = build_host(config.vit) if host is None else host
-    depth = len(host.blocks)
+    settings = BlockSettings(size_bias=config.vit.size_bias)
+    encoder = Encoder(host, settings)
+    depth = len(encoder.host_blocks())
     if list(config.vit.exits) != sorted({*config.vit.exits} & {*range(1, depth)}):
         raise ValueError(
             f"exits must be rising counts of blocks from 1 to {depth - 1}, "
@@ -51,14 +53,12 @@ def step_parts(
     if policy.patch != host.patch:
         raise ValueError(f"the policy has patches of {policy.patch} px, the ViT of {host.patch} px")
     classes, cells, dim = len(config.classes), config.vit.cells, host.dim
-    settings = BlockSettings(size_bias=config.vit.size_bias)
     context = policy.channels if config.vit.policy_features else 0
     tokenise = Tokeniser(host, sub_patches=config.vit.sub_patches, context=context)
-    encoder = Encoder(host, settings)
     exits = ExitHeads(config.vit.exits, dim, classes, cells)
     decoder: nn.Module = LinearDecoder(dim, classes, cells)
     if config.vit.decoder == "mask":
-        heads = host.blocks[0].heads
+        heads = encoder.host_blocks()[0].heads
         decoder = MaskDecoder(dim, classes, cells, heads=heads, settings=settings)
     return Parts(policy, tokenise, encoder, exits, decoder)
 

@@ -73,9 +73,10 @@ class ModelConfig:
         warn("config.settings is now config.thresholds", DeprecationWarning, stacklevel=2)
         return self.thresholds
 
-    def point_within(self, max_loss: float) -> OperatingPoint | None:
+    def point_within(self, max_loss: float, *, by_budget: bool = False) -> OperatingPoint | None:
         """The cheapest operating point that loses at most ``max_loss`` points; None for dense.
 
+        ``by_budget`` counts what the points' budgets lose and cost instead of their thresholds.
         0 always means dense, even where a reduced point happened to measure better.
 
         Raises:
@@ -91,6 +92,14 @@ class ModelConfig:
                 "the model has no operating points: run tokenstep calibrate on it first, or give "
                 "thresholds"
             )
+        if by_budget:
+            measured = [(point.fixed, point) for point in self.points if point.fixed is not None]
+            if not measured:
+                raise TokenstepError(
+                    "the model has no budgets: run tokenstep calibrate on it first, or give one"
+                )
+            fitting = [(one.gmac, point) for one, point in measured if one.loss <= max_loss]
+            return min(fitting, key=lambda pair: pair[0], default=(0.0, None))[1]
         within = [point for point in self.points if point.loss <= max_loss]
         return min(within, key=lambda point: point.gmac, default=None)
 
@@ -112,8 +121,11 @@ class ModelConfig:
                 has not, or its shares are not within 0 to 1 together; or ``spare`` is negative.
         """
         what = "budget" if isinstance(spending, Budget) else "thresholds"
-        if spending.spare < 0:
-            raise TokenstepError(f"{what}: spare must be 0 or more, got {spending}")
+        if not 0 <= spending.spare < 2**31:
+            raise TokenstepError(f"{what}: spare must be 0 or more, got {spending.spare}")
+        named = [text for text in spending.reducers if text.partition(":")[0] == "exits"]
+        if named and isinstance(spending, Budget):
+            raise TokenstepError(f"budget: its exits are shares; leave out the reducer {named[0]}")
         for part, given, of in (
             ("superpatch size", spending.merge, self.policy.sizes),
             ("exit", spending.exits, self.vit.exits),

@@ -8,17 +8,17 @@ counted, as in the literature.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.partition import grid_of, token_counts
-from tokenstep.hosts.base import Host
 from tokenstep.hosts.timm_block import TimmBlock
 from tokenstep.model.build import Parts
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.segmented import Segmented
+from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.cnn_cost import count_macs
 from tokenstep.reducers.base import Turn
 from tokenstep.reducers.exits import Pruning
@@ -61,10 +61,11 @@ def decoder_macs(decoder: nn.Module, rows: int) -> int:
     raise TypeError(f"no cost is known for a decoder of type {type(decoder).__name__}")
 
 
-def embed_macs(host: Host, like: Tensor) -> int:
-    """Multiply-adds of embedding one window, on the device and in the dtype of ``like``."""
-    extent = host.patch + 2 * host.margin
-    return count_macs(host.embed, like.new_zeros(1, 3, extent, extent))
+def embed_macs(tokenise: Tokeniser) -> int:
+    """Multiply-adds of embedding one window."""
+    extent = tokenise.patch + 2 * tokenise.margin
+    window = next(tokenise.parameters()).new_zeros(1, 3, extent, extent)
+    return count_macs(partial(tokenise.host.embed, tokenise), window)
 
 
 class CostCounter:
@@ -93,7 +94,7 @@ class CostCounter:
                     asked.before[index],
                     asked.after[index],
                     dim=self.host.dim,
-                    heads=self.host.blocks[asked.block - 1].heads,
+                    heads=self.parts.encoder.host_blocks()[asked.block - 1].heads,
                     prefix=segmented.prefix,
                 )
             )
@@ -115,7 +116,9 @@ class CostCounter:
         """Compute of a picture of ``size`` (h, w) without scores and reducers."""
         height, width = grid_of(size, self.host.patch)
         rows = height * width + self.host.prefix
-        return self._of_rows(size, [(rows, rows)] * len(self.host.blocks), rows, scored=False)
+        return self._of_rows(
+            size, [(rows, rows)] * len(self.parts.encoder.host_blocks()), rows, scored=False
+        )
 
     def _of_rows(
         self, size: tuple[int, int], rows: Sequence[tuple[int, int]], end: int, *, scored: bool
@@ -129,7 +132,7 @@ class CostCounter:
         embed = self._embed_macs + (0 if context is None else linear_macs(context))
         blocks = sum(
             block.macs(*counts, size_bias=self.size_bias)
-            for block, counts in zip(self.host.blocks, rows, strict=True)
+            for block, counts in zip(parts.encoder.host_blocks(), rows, strict=True)
         )
         return Cost(
             policy=(parts.policy.macs(size, scores=scored) if seen else 0) / GIGA,
@@ -141,4 +144,4 @@ class CostCounter:
 
     @cached_property
     def _embed_macs(self) -> int:
-        return embed_macs(self.host, next(self.parts.tokenise.parameters()))
+        return embed_macs(self.parts.tokenise)

@@ -8,7 +8,7 @@ from torch import nn
 from tokenstep.core.attention import Attend, Attended
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.base import BlockSettings, Host
+from tokenstep.hosts.base import BlockSettings, Host, HostBlock
 from tokenstep.reducers.base import Reducer, apply, staying
 
 Rows = tuple[int, ...]  # of each picture
@@ -43,6 +43,10 @@ class Encoder(nn.Module):
             setattr(self, name, part)
         self.settings = settings
 
+    def host_blocks(self) -> Sequence[HostBlock]:
+        """The blocks as their host runs them, first to last."""
+        return self.host.blocks(self)
+
     def forward(
         self, tokens: PackedTokens, reducers: Sequence[Reducer] = ()
     ) -> tuple[PackedTokens, Trace]:
@@ -55,7 +59,7 @@ class Encoder(nn.Module):
         between = [reducer for reducer in reducers if reducer.site == "attention"]
         behind = [reducer for reducer in reducers if reducer.site == "block"]
         segments = Segments.of(tokens.offsets)
-        for block in self.host.blocks:
+        for block in self.host_blocks():
             trace.attention.append(segments.lengths)
             cells = tokens.size if settings.size_bias else None
             attend = Attend(segments, cells=cells, backend=settings.backend, keep=bool(between))
@@ -65,7 +69,7 @@ class Encoder(nn.Module):
             tokens = tokens.with_features(settings.run(block.mlp, tokens.x, segments))
             tokens, segments = _reduced(tokens, segments, behind, trace)
         tokens = tokens.rejoined()
-        return tokens.with_features(self.host.norm(tokens.x)), trace
+        return tokens.with_features(self.host.norm(self, tokens.x)), trace
 
 
 def _reduced(

@@ -51,7 +51,13 @@ class Segmenter(
     # its own conversion knows neither nested settings nor tuples.
     def __init__(self, config: "ModelConfig", parts: Parts) -> None:
         super().__init__()
-        require_reducers([config.thresholds, *(point.thresholds for point in config.points)])
+        fixed = [point.fixed.budget for point in config.points if point.fixed is not None]
+        known: list[Spending] = [
+            config.thresholds,
+            *(point.thresholds for point in config.points),
+            *fixed,
+        ]
+        require_reducers(known, parts.exits, len(parts.encoder.host_blocks()))
         self.config = config
         self.patch = parts.tokenise.patch
         self.normalise = Normalise(config.mean, config.std)

@@ -27,6 +27,8 @@ def spending_of(
         return config.thresholds if thresholds is None else thresholds
     if thresholds is not None:
         raise TokenstepError("give one of thresholds, budget and max_loss")
+    if not isinstance(budget, Budget):
+        raise TokenstepError(f"budget is {budget!r}: give tokenstep.Budget(...)")
     config.check(budget)
     return budget
 
@@ -58,15 +60,25 @@ def reducers_of(
     return [*found, *pruning_of(spending, exits, temperatures)]
 
 
-def require_reducers(spendings: Iterable[Spending]) -> None:
-    """Refuse spending of which a reducer's text names none.
+def require_reducers(spendings: Iterable[Spending], exits: ExitHeads, depth: int) -> None:
+    """Refuse spending whose reducers do not fit a model of ``depth`` blocks with these exits.
 
     Raises:
-        TokenstepError: as :func:`reducers_of`.
+        TokenstepError: a reducer's text names none, a setting of it is out of range, it has not
+            one threshold per exit, or it names a block that the model has not.
     """
     for spending in spendings:
         for text in spending.reducers:
-            reducer_of(text)
+            try:
+                (reducer,) = reducers_of(Thresholds(reducers=(text,)), exits, ())
+            except ValueError as fault:
+                raise TokenstepError(f"reducer {text}: {fault}") from fault
+            blocks = getattr(reducer, "blocks", ())
+            if any(block > depth for block in blocks):
+                raise TokenstepError(
+                    f"reducer {text}: acts in the blocks {blocks} of a model that has {depth}: "
+                    "name some of these, as blocks=[1,2]"
+                )
 
 
 def pruning_of(

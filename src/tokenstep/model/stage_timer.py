@@ -31,7 +31,7 @@ class StageTimer:
         self.exit = 0  # blocks before the exit that runs, 0: none does
 
     def __enter__(self) -> Self:
-        parts, blocks = self.parts, self.parts.encoder.host.blocks
+        parts, blocks = self.parts, self.parts.encoder.host_blocks()
         self.hooks = [
             self.normalise.register_forward_hook(self._ends("prepare")),
             parts.tokenise.register_forward_pre_hook(self._ends("policy")),

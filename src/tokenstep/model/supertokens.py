@@ -95,14 +95,14 @@ class Tokeniser(nn.Module):
         order = anchor.argsort()
         x = torch.cat(features)
         packed = self._pack(x, anchor[order], size[order], order=order, level=level)
-        return packed.with_features(self.host.enter(packed.x))
+        return packed.with_features(self.host.enter(self, packed.x))
 
     def _by_side(
         self, pictures: Sequence[Tensor], level: Tensor, seen: Tensor | None
     ) -> Iterator[tuple[int, Tensor, Places]]:
         """Superpatches of pictures of one grid, by side: the side, features ``(n, D)``, places."""
         _, height, width = level.shape
-        positions = self.host.positions((height, width))
+        positions = self.host.positions(self, (height, width))
         canvas = bordered(pictures, height * self.patch, width * self.patch, self.edge)
         scaled, reached = canvas, 0
         for rank in torch.unique(level).tolist():
@@ -133,7 +133,7 @@ class Tokeniser(nn.Module):
     def _embedded(self, windows: Tensor, where: Places) -> Tensor:
         """Embed the ``windows (B, rows, columns, k, k, 3)`` at ``where``, ``(n, D)``, in bands."""
         bands = zip(*(torch.split(index, BAND_WINDOWS) for index in where), strict=True)
-        found = [self.host.embed(windows[band].movedim(-1, 1)) for band in bands]
+        found = [self.host.embed(self, windows[band].movedim(-1, 1)) for band in bands]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _windows(self, canvas: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Tokeniser(nn.Module):
         rows = (row[:, None] * side + inner)[:, :, None]
         columns = (column[:, None] * side + inner)[:, None, :]
         patches = self._windows(canvas)[picture[:, None, None], rows, columns]
-        embedded = self.host.embed(patches.flatten(0, 2).movedim(-1, 1))
+        embedded = self.host.embed(self, patches.flatten(0, 2).movedim(-1, 1))
         return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
 
     def _pack(
@@ -169,7 +169,7 @@ class Tokeniser(nn.Module):
         source = torch.empty(rows, dtype=torch.int64, device=x.device)
         source[place] = order + count
         source[prefix] = torch.arange(count, device=x.device).expand(batch, count)
-        table = torch.cat([self.host.prefix_rows().to(x.dtype), x]) if count else x
+        table = torch.cat([self.host.prefix_rows(self).to(x.dtype), x]) if count else x
         return PackedTokens(
             x=table[source],
             offsets=offsets,

@@ -42,11 +42,11 @@ class DenseGraph(nn.Module):
         prefix = tokenise.prefix_count
         table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.host.dim)
         with torch.no_grad():
-            maps = model.encoder.host.positions(self.grid)
+            maps = tokenise.host.positions(tokenise, self.grid)
             if maps is not None:
                 table[:, prefix:] = maps.flatten(2).transpose(1, 2)
             if prefix:
-                table[:, :prefix] = model.encoder.host.prefix_rows()
+                table[:, :prefix] = tokenise.host.prefix_rows(tokenise)
         self.register_buffer("table", table.to(next(model.parameters())), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,10 +60,10 @@ class DenseGraph(nn.Module):
             x = x + model.tokenise.context(seen.flatten(2).transpose(1, 2))
         prefix = model.tokenise.prefix_count
         x = F.pad(x, (0, 0, prefix, 0)) + cast(Tensor, self.table)
-        x = model.encoder.host.enter(x)
+        x = model.tokenise.host.enter(model.tokenise, x)
         for block in cast(nn.Sequential, model.encoder.blocks):
             x = block(x)
-        x = model.encoder.host.norm(x)[:, prefix:]
+        x = model.encoder.host.norm(model.encoder, x)[:, prefix:]
         return self.labels(cast(LinearDecoder, model.decoder).linear(x))
 
     def embedded(self, normal: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class SegmenterModule(PhaseModule):
 
     def below(self, name: str) -> int:
         """A block lies below those after it, the embedding below all of them."""
-        depth = len(self.model.encoder.host.blocks)
+        depth = len(self.model.encoder.host_blocks())
         before, found, rest = name.partition("model.encoder.blocks.")
         if found and not before:
             return depth - 1 - int(rest.partition(".")[0])
@@ -185,7 +185,7 @@ class SegmenterModule(PhaseModule):
         self.seed_step()
         unmerged = torch.rand(len(images), device=images.device) < self.phase.dense_share
         watch = DeepSupervision(self.model.exits)
-        used = thresholds if self.phase.pruning else thresholds.merging_alone()
+        used = thresholds if self.phase.pruning else thresholds.without_exits()
         out = self.model(images, thresholds=used, unmerged=unmerged, reducers=[watch])
         partition = out.partition
         weight = cast(Tensor, self.weight)
@@ -216,7 +216,7 @@ class SegmenterModule(PhaseModule):
         """Count the pixels of one picture, merged and (if in this phase) pruned."""
         images, labels = batch
         thresholds = self.recipe.thresholds
-        used = thresholds if self.phase.pruning else thresholds.merging_alone()
+        used = thresholds if self.phase.pruning else thresholds.without_exits()
         predicted = label_maps(self.model(images, thresholds=used))[0]
         self.confusion += confusion_matrix(predicted, labels[0], len(self.model.config.classes))
 
