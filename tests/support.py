@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenstep.core import partition
 from tokenstep.core.partition import Grid
+from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import unmerge
 from tokenstep.model.segmented import Segmented
@@ -47,7 +48,7 @@ def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedToken
     anchor = torch.cat(anchors)
     return PackedTokens(
         x=torch.randn(len(anchor), dim),
-        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        segments=Segments.of(torch.tensor([0, *lengths]).cumsum(0)),
         size=torch.ones_like(anchor),
         anchor=anchor,
         owner=owner,
@@ -65,7 +66,7 @@ def cell_logits(segmented: Segmented, index: int, grid: Grid) -> Tensor:
 def halt(tokens: PackedTokens, done: Tensor, logits: Tensor, layer: int) -> PackedTokens:
     """Halt the rows of a drawn mask that are no prefix rows; ``logits`` are those of all rows."""
     done = done & ~tokens.is_prefix
-    return tokens.halt(done, logits[done], layer)
+    return tokens.halt(done, lambda x: logits[done], layer)
 
 
 def machine_says(monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str]) -> None:

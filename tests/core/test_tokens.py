@@ -104,12 +104,13 @@ def test_halting_takes_rows_out_and_keeps_their_logits() -> None:
     tokens = grid_tokens([(1, 3), (2, 1)])
     logits = torch.randn(len(tokens.x), 1, 4)
     done = torch.tensor([True, False, True, True, False, True, False])
-    with pytest.raises(ValueError, match="prefix rows never halt"):
-        tokens.halt(done, logits[done], layer=2)
+    with pytest.raises(ValueError, match="1 prefix rows, which never leave"):
+        tokens.halt(done, lambda x: logits[done], layer=2)
     done = done & ~tokens.is_prefix
     with pytest.raises(ValueError, match="3 rows halt"):
-        tokens.halt(done, logits, layer=2)
-    after = tokens.halt(done, logits[done], layer=2)
+        tokens.halt(done, lambda x: logits, layer=2)
+    table = dict(zip(tokens.x[:, 0].tolist(), logits, strict=True))
+    after = tokens.halt(done, lambda x: torch.stack([table[v] for v in x[:, 0].tolist()]), layer=2)
     assert after.halted is not None
     assert after.anchor.tolist() == [-1, 0, -1, 9]
     assert after.offsets.tolist() == [0, 2, 4]
@@ -195,7 +196,7 @@ def test_fields_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="owner"):
         replace(tokens, owner=tokens.owner[0])
     with pytest.raises(ValueError, match="done must be"):
-        tokens.halt(torch.zeros(2, dtype=torch.bool), torch.zeros(0, 1, 1), 1)
+        tokens.halt(torch.zeros(2, dtype=torch.bool), lambda x: x, 1)
 
 
 @given(

@@ -13,6 +13,7 @@ from support import scramble
 from torch import Tensor, nn
 
 from tokenstep.core import partition
+from tokenstep.core.same_size import stacked
 from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.encoder import Encoder
@@ -52,14 +53,14 @@ class Stages(nn.Module):
 
     def __init__(self, host: Host) -> None:
         super().__init__()
-        self.tokenise = Tokeniser(host, sub_patches=False)
+        self.tokenise = Tokeniser(host, sides=(2, 4), sub_patches=False)
         self.encode = Encoder(host, BlockSettings())
 
     def forward(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """Features of each picture's rows, nothing merged."""
         patch = self.tokenise.patch
         grids = [partition.grid_of(picture.shape[-2:], patch) for picture in pictures]
-        tokens, _ = self.encode(self.tokenise(pictures, partition.uniform(grids)))
+        tokens, _ = self.encode(self.tokenise(stacked(pictures), partition.uniform(grids)))
         return list(torch.split(tokens.x, tokens.offsets.diff().tolist()))
 
 

@@ -143,8 +143,8 @@ def test_random_keeps_the_policys_counts_and_moves_the_places(
     model: Segmenter, folder: LabelledFolder
 ) -> None:
     scramble(model.policy)
-    (group,) = policy_features(model.policy, model.normalise([folder[0][0]]))
-    pairs, fours = homogeneity(model.policy, group.features)
+    (looks,) = policy_features(model.policy, model.normalise([folder[0][0]]))
+    pairs, fours = homogeneity(model.policy, looks)
     half = Thresholds((float(pairs.median()), float(fours.min()) - 1e-3))
 
     def run(partition: PartitionSource, seed: int = 0) -> list[Tensor]:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from training import POLICY
 
 from tokenstep.core import partition
+from tokenstep.core.same_size import stacked
 from tokenstep.data.augment import normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.policy_report import policy_report
@@ -28,8 +29,8 @@ def test_the_curve_is_that_of_the_partition_by_all_sizes(
     pure = 0.0
     for image, label in folder:
         with torch.inference_mode():
-            (group,) = policy_features(network, [normalise(image, half, half)])
-            scores = homogeneity(network, group.features)
+            (looks,) = policy_features(network, stacked([normalise(image, half, half)]))
+            scores = homogeneity(network, looks)
         thresholds = [found["threshold"]] * 2
         level = partition.by_threshold(
             scores, partition.uniform([(8, 8)]), sizes=POLICY.sizes, thresholds=thresholds

@@ -64,8 +64,8 @@ def test_the_best_superpatches_are_those_of_the_policy(model: Segmenter) -> None
     """As many as thresholds choose, of one size, are the same ones."""
     images = pictures((64, 96))
     with torch.inference_mode():
-        (group,) = policy_features(model.policy, model.normalise(images))
-        middle = float(homogeneity(model.policy, group.features)[0].median())
+        (looks,) = policy_features(model.policy, model.normalise(images))
+        middle = float(homogeneity(model.policy, looks)[0].median())
         chosen = model.partition(images, Thresholds(merge=(middle, 1.0)))
         share = float((chosen == 1).float().mean())
         assert 0 < share < 1

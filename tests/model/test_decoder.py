@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tokenstep.core.unmerge import sub_cell_index
 from tokenstep.hosts.timm_block import BlockSettings
-from tokenstep.model import label_map as label_map_module
+from tokenstep.model import squares as label_map_module
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
-from tokenstep.model.label_map import label_map
+from tokenstep.model.squares import label_map
 from tokenstep.model.supertokens import owners
 
 
@@ -84,7 +84,7 @@ def test_half_precision_logits(dtype: torch.dtype) -> None:
 
 BAND = """
 import resource, torch
-from tokenstep.model import label_map
+from tokenstep.model import squares as label_map
 torch.set_num_threads(1)
 label_map.BAND_FLOATS = 2**20
 height, width, classes = 16, 64, 150
@@ -112,10 +112,11 @@ def test_memory_is_that_of_a_band() -> None:
 QUARTER = """
 import resource, torch
 from tokenstep.model.decoder import LinearDecoder
-from tokenstep.model.label_map import label_map
+from tokenstep.model.squares import label_map
 from tokenstep.reducers.exit_heads import ExitHeads
 from tokenstep.reducers.exits import EarlyPruning
 from tokenstep.core.partition import uniform
+from tokenstep.core.ragged import Segments
 from tokenstep.model.supertokens import owners
 from tokenstep.core.unmerge import rows_of_cells
 from tokenstep.core.tokens import PackedTokens
@@ -126,12 +127,12 @@ torch.manual_seed(0)
 def segment(side):
     count, level = side * side, uniform([(side, side)])
     ones, anchor = torch.ones(count, dtype=torch.int64), torch.arange(count)
-    offsets = torch.tensor([0, count])
-    tokens = PackedTokens(torch.randn(count, 64), offsets, ones, anchor, owners(level))
+    segments = Segments(torch.tensor([0, count]), (count,))
+    tokens = PackedTokens(torch.randn(count, 64), segments, ones, anchor, owners(level))
     exits = ExitHeads((1,), 64, 150, 4)
     confidence, _ = EarlyPruning(exits, (1.0,), 5).judged(tokens.x, 0)
     halt = EarlyPruning(exits, (float(confidence.median()),), 5)(tokens, 1)
-    tokens = tokens.halt(halt.done, halt.logits, 1)
+    tokens = tokens.halt(halt.done, halt.classify, 1)
     logits = LinearDecoder(64, 150, 4)(tokens)
     parts, rows = [logits, tokens.halted.logits], rows_of_cells(tokens)[0]
     label_map(parts, rows, level[0], patch=16, size=(side * 16, side * 16))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenstep.config import VitConfig
 from tokenstep.core import partition
 from tokenstep.core.attention import Attended
-from tokenstep.core.ragged import Segments
+from tokenstep.core.same_size import stacked
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import BlockSettings
 from tokenstep.hosts.timm_block import require_supported, run_block
@@ -69,12 +69,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def packed_features(vit: nn.Module, images: Tensor, settings: BlockSettings) -> Tensor:
     host = TimmViT(vit)
-    tokenise = Tokeniser(host, sub_patches=False).eval()
+    tokenise = Tokeniser(host, sides=(2,), sub_patches=False).eval()
     pictures = list(images)
     level = partition.uniform(
         [partition.grid_of(picture.shape[-2:], tokenise.patch) for picture in pictures]
     )
-    tokens, trace = Encoder(host, settings)(tokenise(pictures, level))
+    tokens, trace = Encoder(host, settings)(tokenise(stacked(images), level))
     assert {sum(rows) for rows in (*trace.attention, *trace.mlp)} == {len(tokens.x)}
     return tokens.x.unflatten(0, (len(images), -1))
 
@@ -162,7 +162,7 @@ def test_stochastic_depth_is_drawn_per_picture() -> None:
     block = encoder(drop_path_rate=0.5).train().blocks[2]
     tokens = grid_tokens([(1, 2)] * 40, dim=48, prefix=0)
     tokens = tokens.with_features(torch.ones_like(tokens.x) * torch.linspace(-1, 1, 48))
-    out = run_block(block, tokens, Segments.of(tokens.offsets), BlockSettings())
+    out = run_block(block, tokens, BlockSettings())
     pictures = out.unflatten(0, (40, 2))
     # All rows are equal, so what differs can only be the draw.
     assert torch.allclose(pictures[:, 0], pictures[:, 1], atol=1e-5)
@@ -231,7 +231,7 @@ def test_reducers_are_asked_after_each_block_and_shrink_the_sequence() -> None:
     def decide(tokens: PackedTokens, block: int) -> Merge | Halt | None:
         asked.append((block, len(tokens.x)))
         if block == 1:
-            return Halt(torch.arange(len(tokens.x)) == 2, tokens.x[2].view(1, 1, -1))
+            return Halt(torch.arange(len(tokens.x)) == 2, lambda x: x.unsqueeze(1))
         if block == 2:
             return Merge(torch.arange(len(tokens.x)).clamp(max=2))
         return None
@@ -246,7 +246,7 @@ def test_reducers_are_asked_after_each_block_and_shrink_the_sequence() -> None:
 
 def test_a_sequence_may_run_empty() -> None:
     def decide(tokens: PackedTokens, block: int) -> Halt:
-        return Halt(torch.ones(len(tokens.x), dtype=torch.bool), tokens.x.unsqueeze(1))
+        return Halt(torch.ones(len(tokens.x), dtype=torch.bool), lambda x: x.unsqueeze(1))
 
     for backend in ("loop", "padded"):
         encode = encoder(BlockSettings(backend=backend, size_bias=True)).eval()
@@ -259,7 +259,7 @@ def test_a_sequence_may_run_empty() -> None:
 def test_one_picture_may_run_empty_without_harm_to_the_others() -> None:
     def first(tokens: PackedTokens, block: int) -> Halt:
         done = tokens.picture() == 0
-        return Halt(done, tokens.x[done].unsqueeze(1))
+        return Halt(done, lambda x: x.unsqueeze(1))
 
     for backend in ("loop", "padded"):
         encode = encoder(BlockSettings(backend=backend)).eval()

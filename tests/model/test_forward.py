@@ -230,7 +230,7 @@ def test_training_on_cuda_reaches_every_live_weight(tiny_model: TinyModel) -> No
 
 def test_a_picture_has_its_own_policy_features_in_any_batch(tiny_model: TinyModel) -> None:
     model = tiny_model(policy_features=True)
-    sizes = [(40, 56), (56, 40), (37, 56), (40, 56), (33, 50), (56, 40)]  # three of one grid
+    sizes = [(40, 56), (56, 40), (37, 56), (40, 56), (33, 50), (56, 40)]  # two of one size, twice
     pictures = [torch.rand(3, *size) for size in sizes]
     with torch.no_grad():
         together = model(pictures, thresholds=STEP).tokens
@@ -250,9 +250,9 @@ def test_policy_features_reach_every_token_and_leave_the_policy_alone(
     partition = model.partition(pictures, STEP)
     context = features_on_grids(model.policy, policy_features(model.policy, normal))
     channels = model.policy.channels
-    assert [one.shape for one in context.values()] == [(1, channels, 4, 6), (1, channels, 3, 5)]
+    assert [one.shape for one in context] == [(1, channels, 4, 6), (1, channels, 3, 5)]
     tokens = model.tokenise(normal, partition, context)
-    noise = {grid: torch.randn_like(features) for grid, features in context.items()}
+    noise = [torch.randn_like(features) for features in context]
     other = model.tokenise(normal, partition, noise)
     changed = (tokens.x != other.x).any(dim=1)
     assert torch.equal(changed, ~tokens.is_prefix)

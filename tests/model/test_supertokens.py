@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenstep.core import partition
+from tokenstep.core.same_size import stacked
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.positions import resampled
 from tokenstep.hosts.timm_embed import ConvEmbed
@@ -25,7 +26,7 @@ def tokeniser(
     shape = {"patch_size": patch, "img_size": (32, 48), "depth": 1, "num_classes": 0, **changes}
     vit = timm.create_model("test_vit", **shape)
     host = TimmViT(vit, None if stem == "linear" else ConvEmbed(patch, vit.embed_dim))
-    built = Tokeniser(host, sub_patches=sub_patches)
+    built = Tokeniser(host, sides=(2, 4, 8), sub_patches=sub_patches)
     zero = built.sub_patches
     built.sub_patches = None
     torch.manual_seed(3)  # the same weights with and without that part
@@ -74,7 +75,7 @@ def test_supertokens_equal_cutting_and_scaling_each_superpatch(
     pictures = [torch.randn(3, *size) for size in sizes]
     level = random_partition(grids_of(build, pictures))
     with torch.no_grad():
-        tokens = build(pictures, level)
+        tokens = build(stacked(pictures), level)
         for index, picture in enumerate(pictures):
             height, width = partition.grid_of(picture.shape[-2:], build.patch)
             rows = tokens.x[tokens.offsets[index] : tokens.offsets[index + 1]]
@@ -91,7 +92,7 @@ def test_what_large_superpatches_see_beyond_an_odd_border(patch: int, cells: int
     level = torch.zeros(cells, cells, dtype=torch.int8)
     level[:side, :side] = side.bit_length() - 1
     with torch.no_grad():
-        tokens = build([picture], level[None])
+        tokens = build(stacked([picture]), level[None])
         expected = reference(build, picture, level)
     assert torch.allclose(tokens.x[build.prefix_count :], expected, atol=1e-4)
 
@@ -107,10 +108,10 @@ def test_a_picture_does_not_see_its_batch(
     pictures = [torch.randn(3, *size) for size in sizes]
     level = random_partition(grids_of(build, pictures))
     with torch.no_grad():
-        tokens = build(pictures, level)
+        tokens = build(stacked(pictures), level)
         for index, picture in enumerate(pictures):
             height, width = partition.grid_of(picture.shape[-2:], build.patch)
-            alone = build([picture], level[index : index + 1, :height, :width])
+            alone = build(stacked([picture]), level[index : index + 1, :height, :width])
             rows = slice(tokens.offsets[index], tokens.offsets[index + 1])
             assert torch.allclose(tokens.x[rows], alone.x, atol=1e-5)
             assert torch.equal(tokens.size[rows], alone.size)
@@ -134,12 +135,12 @@ def test_tall_and_wide_pictures_take_no_more_room_than_alone(stem: str) -> None:
     pictures = [torch.randn(3, 16, 800), torch.randn(3, 800, 16), torch.randn(3, 20, 790)]
     level = random_partition(grids_of(build, pictures))
     with torch.no_grad(), Largest() as batch:
-        build(pictures, level)
+        build(stacked(pictures), level)
     most = 0
     for index, picture in enumerate(pictures):
         height, width = partition.grid_of(picture.shape[-2:], build.patch)
         with torch.no_grad(), Largest() as alone:
-            build([picture], level[index : index + 1, :height, :width])
+            build(stacked([picture]), level[index : index + 1, :height, :width])
         most += alone.numbers
     assert batch.numbers <= max(most, 2 * level.numel())
 
@@ -147,7 +148,7 @@ def test_tall_and_wide_pictures_take_no_more_room_than_alone(stem: str) -> None:
 def tokens_and_level(build: Tokeniser) -> tuple[PackedTokens, Tensor]:
     pictures = [torch.randn(3, 40, 70), torch.randn(3, 64, 33)]
     level = random_partition(grids_of(build, pictures))
-    return build(pictures, level), level
+    return build(stacked(pictures), level), level
 
 
 @pytest.mark.parametrize("registers", [0, 2])
@@ -204,11 +205,11 @@ def test_sub_patches_change_nothing_until_they_are_trained() -> None:
     pictures = [torch.randn(3, 40, 70)]
     off, on = tokeniser(), tokeniser(sub_patches=True)
     level = random_partition(grids_of(off, pictures))
-    before = off(pictures, level)
-    assert torch.equal(before.x, on(pictures, level).x)
+    before = off(stacked(pictures), level)
+    assert torch.equal(before.x, on(stacked(pictures), level).x)
     assert on.sub_patches is not None
     scramble(on.sub_patches)
-    changed = (on(pictures, level).x != before.x).any(1)
+    changed = (on(stacked(pictures), level).x != before.x).any(1)
     assert torch.equal(changed, before.size > 1)  # supertokens only
 
 
@@ -218,13 +219,15 @@ def test_sub_patches_reach_the_single_patches_within() -> None:
     scramble(build.sub_patches)
     picture = torch.randn(3, 16, 16)
     level = torch.ones(1, 2, 2, dtype=torch.int8)
-    before = build([picture], level)
+    before = build(stacked([picture]), level)
     # Pixels of one mean: the scaled-down picture stays as it is, the single patches do not.
     checks = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1
-    after = build([picture + checks], level)
+    after = build(stacked([picture + checks]), level)
     assert not torch.allclose(before.x, after.x, atol=1e-2)
     build.sub_patches = None
-    assert torch.allclose(build([picture], level).x, build([picture + checks], level).x, atol=1e-5)
+    assert torch.allclose(
+        build(stacked([picture]), level).x, build(stacked([picture + checks]), level).x, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("patch", [4, 8, 14, 16, 32])
@@ -243,7 +246,7 @@ def test_conv_stem_refuses_other_patches(patch: int) -> None:
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 def test_one_pixel(stem: str) -> None:
     build = tokeniser(stem)
-    tokens = build([torch.randn(3, 1, 1)], torch.zeros(1, 1, 1, dtype=torch.int8))
+    tokens = build(stacked([torch.randn(3, 1, 1)]), torch.zeros(1, 1, 1, dtype=torch.int8))
     assert tokens.x.shape[0] == 1 + build.prefix_count
     assert tokens.x.isfinite().all()
 
@@ -252,7 +255,7 @@ def test_gradients_reach_pixels_and_positions() -> None:
     build = tokeniser("conv")
     picture = torch.randn(3, 40, 40, requires_grad=True)
     level = random_partition([(5, 5)])
-    build([picture], level).x.square().sum().backward()
+    build(stacked([picture]), level).x.square().sum().backward()
     assert picture.grad is not None
     assert (picture.grad.abs().sum(0) > 0).all()
     assert build.pos_embed.grad is not None
@@ -264,6 +267,6 @@ def test_a_partition_of_other_pictures_is_refused() -> None:
     pictures = [torch.randn(3, 16, 16), torch.randn(3, 8, 8)]
     level = partition.uniform([(2, 2), (2, 2)])
     with pytest.raises(ValueError, match="partition"):
-        build(pictures, level)
+        build(stacked(pictures), level)
     with pytest.raises(ValueError, match="partition"):
-        build(pictures, partition.uniform([(3, 2), (1, 1)]))
+        build(stacked(pictures), partition.uniform([(3, 2), (1, 1)]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenstep.config import PolicyConfig
 from tokenstep.core.partition import grid_of
+from tokenstep.core.same_size import stacked
 from tokenstep.policies.base import Policy
 from tokenstep.policies.batch import features_on_grids, homogeneity, policy_features
 from tokenstep.policies.dcts import DCTS
@@ -34,17 +35,14 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 @given(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=4))
 def test_each_picture_is_seen_on_its_own(policy: Policy, sizes: list[tuple[int, int]]) -> None:
     pictures = [torch.rand(3, *size) for size in sizes]
-    groups = policy_features(policy, pictures)
-    assert sorted(place for group in groups for place in group.places) == [*range(len(sizes))]
-    for group in groups:
-        scores = homogeneity(policy, group.features)
+    groups = stacked(pictures)
+    for group, looks in zip(groups, policy_features(policy, groups), strict=True):
+        scores = homogeneity(policy, looks)
         assert len(scores) == len(SIZES)
         for row, place in enumerate(group.places):
-            (alone,) = policy_features(policy, [pictures[place]])
+            (alone,) = policy_features(policy, stacked([pictures[place]]))
             grid = grid_of(sizes[place], policy.patch)
-            for size, score, single in zip(
-                SIZES, scores, homogeneity(policy, alone.features), strict=True
-            ):
+            for size, score, single in zip(SIZES, scores, homogeneity(policy, alone), strict=True):
                 assert score.shape[1:] == (grid[0] // size, grid[1] // size)
                 assert ((score >= 0) & (score <= 1)).all()
                 assert torch.allclose(score[row], single[0], atol=1e-5)
@@ -52,11 +50,11 @@ def test_each_picture_is_seen_on_its_own(policy: Policy, sizes: list[tuple[int, 
 
 def test_what_it_tells_the_tokens_lies_on_their_grid(policy: Policy) -> None:
     pictures: list[Tensor] = [torch.rand(3, 40, 56), torch.rand(3, 17, 9), torch.rand(3, 40, 56)]
-    found = features_on_grids(policy, policy_features(policy, pictures))
-    assert {grid: tuple(maps.shape) for grid, maps in found.items()} == {
-        (5, 7): (2, policy.channels, 5, 7),
-        (3, 2): (1, policy.channels, 3, 2),
-    }
+    found = features_on_grids(policy, policy_features(policy, stacked(pictures)))
+    assert [tuple(maps.shape) for maps in found] == [
+        (2, policy.channels, 5, 7),
+        (1, policy.channels, 3, 2),
+    ]
 
 
 def test_a_larger_picture_costs_more_and_scores_are_not_free(policy: Policy) -> None:

@@ -101,7 +101,7 @@ def test_it_acts_only_where_there_is_an_exit() -> None:
     # each exit has its own threshold and its own head
     assert not first.done.any()
     assert second.done.sum() == 9
-    assert torch.allclose(second.logits, pruning.exits(tokens.x, 1)[second.done], atol=1e-6)
+    assert torch.allclose(second.classify(tokens.x), pruning.exits(tokens.x, 1), atol=1e-6)
 
 
 def test_one_threshold_per_exit_is_asked_for() -> None:
@@ -130,11 +130,11 @@ def test_halted_predictions_are_final() -> None:
     heads = exits(side=2)
     halt = EarlyPruning(heads, (0.0, 0.0), 1)(tokens, 2)
     assert halt is not None
-    after = tokens.halt(halt.done, halt.logits, 2)
+    after = tokens.halt(halt.done, halt.classify, 2)
     changed = after.with_features(after.x + 1.0)
     again = EarlyPruning(heads, (0.0, 0.0), 0)(changed, 4)
     assert again is not None
-    last = changed.halt(again.done, again.logits, 4)
+    last = changed.halt(again.done, again.classify, 4)
     assert after.halted is not None
     assert last.halted is not None
     before = len(after.halted.anchor)
@@ -148,7 +148,7 @@ def test_halted_logits_carry_gradients_to_the_head() -> None:
     heads = exits()
     halt = EarlyPruning(heads, (0.0, 0.0), 0)(tokens, 2)
     assert halt is not None
-    after = tokens.halt(halt.done, halt.logits, 2)
+    after = tokens.halt(halt.done, halt.classify, 2)
     assert after.halted is not None
     after.halted.logits.square().sum().backward()
     assert heads.heads[0].linear.weight.grad.abs().sum() > 0
@@ -171,7 +171,7 @@ def test_a_temperature_tempers_the_confidence_and_not_the_prediction() -> None:
     halt = pruning(tokens, 2)
     assert halt is not None
     assert torch.equal(halt.done, (confidence > threshold) & ~tokens.is_prefix)
-    assert torch.allclose(halt.logits, heads(tokens.x, 0)[halt.done], atol=1e-6)
+    assert torch.allclose(halt.classify(tokens.x), heads(tokens.x, 0), atol=1e-6)
 
 
 def test_so_many_rows_that_they_are_judged_in_bands() -> None:

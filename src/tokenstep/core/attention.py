@@ -27,10 +27,10 @@ class Attended:
     k: Tensor  # (T, heads, d)
     scale: float
 
-    def of_rows(self, keep: Tensor, segments: Segments) -> "Attended":
-        """The same of the rows in the mask ``keep (T,)``, which lie as ``segments`` says."""
-        cells = None if self.cells is None else self.cells[keep]
-        return Attended(segments, cells, self.q[keep], self.k[keep], self.scale)
+    def of_rows(self, rows: Tensor, segments: Segments) -> "Attended":
+        """The same of ``rows (n,)``, which lie as ``segments`` says."""
+        cells = None if self.cells is None else self.cells[rows]
+        return Attended(segments, cells, self.q[rows], self.k[rows], self.scale)
 
     @torch.no_grad()
     def received(self, asking: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ def grid_of(size: Sequence[int], patch: int) -> Grid:
 def uniform(grids: Sequence[Grid], device: torch.device | None = None) -> Tensor:
     """The partition without merging: every cell of every picture is a single patch."""
     height, width = (max(side) for side in zip(*grids, strict=True))
+    if all(grid == (height, width) for grid in grids):
+        return torch.zeros(len(grids), height, width, dtype=torch.int8, device=device)
     rows = torch.arange(height, device=device).view(1, -1, 1)
     columns = torch.arange(width, device=device).view(1, 1, -1)
     bounds = torch.tensor(grids, device=device)
@@ -50,13 +52,11 @@ def by_threshold(
             f"got {len(scores)}, {len(sizes)} and {len(thresholds)}"
         )
     level = empty.clone()
+    # Fine to coarse, so that a larger superpatch overwrites those that it covers.
     for size, score, threshold in sorted(
-        zip(sizes, scores, thresholds, strict=True), key=lambda entry: -entry[0]
+        zip(sizes, scores, thresholds, strict=True), key=lambda entry: entry[0]
     ):
-        rank = level_of(size)
-        free = _all_of(level == 0, size)
-        take = _spread(free & (score > threshold), size, level.shape)
-        level = torch.where(take, torch.full_like(level, rank), level)
+        _place(level, size, (score > threshold) & _uncovered(empty, size))
     return level
 
 
@@ -148,10 +148,13 @@ def by_share(
     ``shares`` are by size, rounded to counts by :func:`superpatch_counts`; a size without one is
     not formed. ``empty`` is the partition without merging of pictures that fill the whole grid.
     """
-    batch, height, width = empty.shape
+    _, height, width = empty.shape
     counts = superpatch_counts(shares, (height, width))
-    each = [torch.full((batch,), counts.get(size, 0), device=empty.device) for size in sizes]
-    return by_count(scores, empty, sizes=sizes, counts=each)
+    level = empty.clone()
+    for size, score in sorted(zip(sizes, scores, strict=True), key=lambda entry: -entry[0]):
+        if counts.get(size):
+            _place_best(level, size, score, counts[size])
+    return level
 
 
 def superpatch_counts(shares: Mapping[int, float], grid: Grid) -> dict[int, int]:
@@ -186,16 +189,22 @@ def by_count(
     for size, score, count in sorted(
         zip(sizes, scores, counts, strict=True), key=lambda entry: -entry[0]
     ):
-        rank = level_of(size)
-        free = _all_of(level == 0, size).flatten(1)
-        if bool((free.sum(1) < count).any()):
+        if bool((_uncovered(level, size).flatten(1).sum(1) < count).any()):
             raise ValueError(f"a picture has no room for so many superpatches of {size} patches")
-        best = score.flatten(1).masked_fill(~free, -torch.inf)
-        place = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        chosen = (place < count.unsqueeze(1)).view(score.shape)
-        take = _spread(chosen, size, level.shape)
-        level = torch.where(take, torch.full_like(level, rank), level)
+        _place_best(level, size, score, count.unsqueeze(1))
     return level
+
+
+def _place_best(level: Tensor, size: int, score: Tensor, count: int | Tensor) -> None:
+    """Lay the ``count`` best superpatches of a size that larger ones left room for, in place.
+
+    ``count`` is of every picture, or ``(B, 1)``.
+    """
+    best = score.masked_fill(~_uncovered(level, size), -torch.inf).flatten(1)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(order.shape[1], device=order.device) < count
+    take = torch.zeros_like(best, dtype=torch.bool).scatter_(1, order, chosen.expand_as(order))
+    _place(level, size, take.view(score.shape))
 
 
 def counts_of(partition: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -207,7 +216,7 @@ def shuffled(partition: Tensor, sizes: Sequence[int], generator: torch.Generator
     """A random partition with as many superpatches of each size as ``partition``, per picture."""
     empty = torch.where(partition < 0, -1, 0).to(partition.dtype)
     drawn = {
-        size: -torch.rand(_all_of(empty == 0, size).shape, generator=generator).to(empty.device)
+        size: -torch.rand(_uncovered(empty, size).shape, generator=generator).to(empty.device)
         for size in sorted(sizes, reverse=True)
     }
     scores = [drawn[size] for size in sizes]
@@ -220,14 +229,18 @@ def token_counts(partition: Tensor) -> Tensor:
     return weight.flatten(1).sum(1).round().long()
 
 
-def _all_of(mask: Tensor, size: int) -> Tensor:
-    """Whether all cells of each aligned ``size`` square hold, ``(B, H // size, W // size)``."""
-    height, width = (length // size for length in mask.shape[1:])
-    cut = mask[:, : height * size, : width * size]
-    return cut.reshape(len(mask), height, size, width, size).all(4).all(2)
+def _uncovered(level: Tensor, size: int) -> Tensor:
+    """Where an aligned superpatch fits: inside, and no larger one there, ``(B, H // s, W // s)``.
+
+    Its last cell tells: pictures begin at the top left, and larger superpatches cover it whole.
+    """
+    return level[:, size - 1 :: size, size - 1 :: size] == 0
 
 
-def _spread(chosen: Tensor, size: int, shape: torch.Size) -> Tensor:
-    """Mark all cells of the chosen squares on the full grid."""
-    cells = chosen.repeat_interleave(size, 1).repeat_interleave(size, 2)
-    return F.pad(cells, (0, shape[2] - cells.shape[2], 0, shape[1] - cells.shape[1]))
+def _place(level: Tensor, size: int, chosen: Tensor) -> None:
+    """Lay the chosen superpatches ``(B, H // s, W // s)`` of a size into ``level``, in place."""
+    _, height, width = chosen.shape
+    squares = level[:, : height * size, : width * size]
+    # (B, H // s, s, W // s, s), a view
+    squares = torch.unflatten(torch.unflatten(squares, 2, (width, size)), 1, (height, size))
+    squares.masked_fill_(chosen[:, :, None, :, None], level_of(size))

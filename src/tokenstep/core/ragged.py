@@ -24,10 +24,25 @@ class Segments:
         """Read the lengths of ``offsets (B + 1,)`` to the host."""
         return cls(offsets, tuple(offsets.diff().tolist()))
 
+    def plus(self, more: "Segments") -> "Segments":
+        """Room for the rows of both in each picture."""
+        lengths = (own + other for own, other in zip(self.lengths, more.lengths, strict=True))
+        return Segments(self.offsets + more.offsets, tuple(lengths))
+
+    def minus(self, fewer: "Segments") -> "Segments":
+        """Room for the rows of these that ``fewer`` has not, in each picture."""
+        lengths = (own - other for own, other in zip(self.lengths, fewer.lengths, strict=True))
+        return Segments(self.offsets - fewer.offsets, tuple(lengths))
+
     @property
     def longest(self) -> int:
         """Rows of the longest picture."""
         return max(self.lengths, default=0)
+
+    @property
+    def total(self) -> int:
+        """Rows of all pictures."""
+        return sum(self.lengths)
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
@@ -65,6 +80,24 @@ def kept_offsets(keep: Tensor, offsets: Tensor) -> Tensor:
     return torch.nn.functional.pad(keep.cumsum(0), (1, 0))[offsets]
 
 
+def kept_segments(keep: Tensor, offsets: Tensor, wrong: Tensor) -> tuple[Segments, int]:
+    """Where the rows of the mask ``keep (T,)`` lie without the others, in one trip to the host.
+
+    It brings along how many rows of the mask ``wrong (T,)`` hold.
+    """
+    left = kept_offsets(keep, offsets)
+    *lengths, faults = torch.cat([left.diff(), wrong.sum().unsqueeze(0)]).tolist()
+    return Segments(left, tuple(lengths)), faults
+
+
+def rows_of(mask: Tensor, count: int) -> Tensor:
+    """Rows of the mask ``(T,)`` that hold, ``(count,)`` int64, of which the host knows the number.
+
+    So a GPU need not tell it, as ``nonzero`` would have it do.
+    """
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
 def rank_within(score: Tensor, group: Tensor) -> Tensor:
     """Rank each row by falling ``score`` among the rows of its ``group``, 0 = highest.
 
@@ -74,7 +107,5 @@ def rank_within(score: Tensor, group: Tensor) -> Tensor:
     order = by_score[torch.argsort(group[by_score], stable=True)]
     ordered = group[order]
     place = torch.arange(len(order), device=score.device)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[1:] = ordered[1:] != ordered[:-1]
-    first = torch.where(starts, place, 0).cummax(0).values
+    first = torch.searchsorted(ordered, ordered)  # where each row's group begins
     return torch.empty_like(order).index_copy_(0, order, place - first)

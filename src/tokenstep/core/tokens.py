@@ -9,12 +9,14 @@ A token is named by one cell that it speaks for (its *anchor*), and every cell k
 back to the grid is one gather at any depth, whatever was merged, dropped or halted on the way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tokenstep.core import ragged
+from tokenstep.core.ragged import Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Dropped:
     size: Tensor  # (A,) int64
     anchor: Tensor  # (A,) int64
     layer: Tensor  # (A,) int64, number of the block in which the token was dropped
+    segments: Segments  # how many of them each picture has; the rows are in no order
+    aside: bool = True  # until they have rejoined the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class PackedTokens:
     """
 
     x: Tensor  # (T, D) features; prefix rows (CLS, registers) first in every picture
-    offsets: Tensor  # (B + 1,) int64: picture b has rows offsets[b]:offsets[b + 1]
+    segments: Segments  # which rows are whose
     size: Tensor  # (T,) int64, grid cells that the row speaks for; 1 for a prefix row
     anchor: Tensor  # (T,) int64, flat index of the cell that names the row; -1 for a prefix row
     owner: Tensor  # (B, H, W) int64, anchor of the token that speaks for the cell; -1 outside
@@ -56,11 +60,20 @@ class PackedTokens:
         rows = {len(self.x), len(self.size), len(self.anchor)}
         if len(rows) != 1:
             raise ValueError(f"x, size and anchor must have one length, got {sorted(rows)}")
-        if self.owner.ndim != 3 or len(self.owner) != len(self.offsets) - 1:
+        if self.owner.ndim != 3 or len(self.owner) != self.pictures:
             raise ValueError(
-                f"owner must be (B, H, W) with B = {len(self.offsets) - 1}, "
-                f"got {tuple(self.owner.shape)}"
+                f"owner must be (B, H, W) with B = {self.pictures}, got {tuple(self.owner.shape)}"
             )
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of the batch."""
+        return len(self.segments.lengths)
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(B + 1,)`` int64: picture ``b`` has the rows ``offsets[b]:offsets[b + 1]``."""
+        return self.segments.offsets
 
     @property
     def is_prefix(self) -> Tensor:
@@ -73,8 +86,7 @@ class PackedTokens:
 
     def counts(self) -> Tensor:
         """Tokens of each picture, ``(B,)`` int64; prefix rows are none."""
-        pictures = len(self.offsets) - 1
-        return torch.bincount(self.picture()[~self.is_prefix], minlength=pictures)
+        return ragged.kept_offsets(~self.is_prefix, self.offsets).diff()
 
     def ranked(self, score: Tensor) -> Tensor:
         """Rank each token by falling ``score (T,)`` in its picture, ``(T,)`` int64, 0 = highest.
@@ -102,8 +114,7 @@ class PackedTokens:
         keep = into == torch.arange(len(into), device=into.device)
         picture, speaks = self.picture(), ~self.is_prefix
         legal = keep | (speaks & speaks[into] & keep[into] & (picture[into] == picture))
-        # One trip to the host for both numbers.
-        survivors, faults = torch.stack([keep.sum(), (~legal).sum()]).tolist()
+        segments, faults = ragged.kept_segments(keep, self.offsets, ~legal)
         if faults:
             raise ValueError(
                 f"{faults} rows would merge into a row that does not survive, lies in another "
@@ -111,6 +122,7 @@ class PackedTokens:
             )
         target = (keep.cumsum(0) - 1)[into]
         # In fp32, since the sum over a large superpatch leaves the range of fp16.
+        survivors = segments.total
         exact = torch.promote_types(self.x.dtype, torch.float32)
         share = (self.size if weight is None else weight).to(exact).unsqueeze(1)
         total = share.new_zeros(survivors, 1).index_add(0, target, share)
@@ -118,35 +130,36 @@ class PackedTokens:
         mixed = mixed.index_add(0, target, self.x.to(exact) * share) / total
         size = self.size.new_zeros(survivors).index_add(0, target, self.size)
 
-        renamed = torch.arange(self.owner.numel(), device=into.device)
-        renamed[self.anchor[speaks]] = self.anchor[into[speaks]]
-        owner = torch.where(self.owner < 0, self.owner, renamed[self.owner.clamp(min=0)])
+        # The last place is that of -1: of prefix rows, and of cells outside.
+        renamed = torch.arange(self.owner.numel() + 1, device=into.device)
+        renamed[-1] = -1
+        renamed[self.anchor] = self.anchor[into]
+        owner = renamed[self.owner]
         return replace(
             self,
             x=mixed.to(self.x.dtype),
-            offsets=ragged.kept_offsets(keep, self.offsets),
+            segments=segments,
             size=size,
-            anchor=self.anchor[keep],
+            anchor=self.anchor[ragged.rows_of(keep, survivors)],
             owner=owner,
         )
 
-    def halt(self, done: Tensor, logits: Tensor, layer: int) -> "PackedTokens":
+    def halt(
+        self, done: Tensor, classify: Callable[[Tensor], Tensor], layer: int
+    ) -> "PackedTokens":
         """Take the rows of the mask ``done (T,)`` out of the sequence with their final logits.
 
-        ``logits (A, S, C)`` are those of the rows that leave, in their order; ``layer`` is the
-        number of blocks run.
+        ``classify`` makes the logits ``(A, S, C)`` of the features ``(A, D)`` of those that leave;
+        ``layer`` is the number of blocks run.
 
         Raises:
-            ValueError: ``done`` has another length than the rows, or ``logits`` than those that
+            ValueError: ``done`` has another length than the rows, or the logits than those that
                 leave; or a prefix row would halt.
         """
-        if done.shape != self.anchor.shape:
-            raise ValueError(f"done must be ({len(self.x)},), got {tuple(done.shape)}")
-        leave = done.nonzero().squeeze(1)
+        leave, left = self._cut(done, "done")
+        logits = classify(self.x[leave])
         if len(logits) != len(leave):
             raise ValueError(f"{len(leave)} rows halt but logits are given for {len(logits)}")
-        if bool((self.anchor[leave] < 0).any()):
-            raise ValueError("prefix rows never halt")
         new = Halted(self.anchor[leave], logits, torch.full_like(leave, layer))
         if self.halted is not None:
             old = self.halted
@@ -155,7 +168,7 @@ class PackedTokens:
                 torch.cat([old.logits, new.logits]),
                 torch.cat([old.layer, new.layer]),
             )
-        return replace(self._without(done), halted=new)
+        return replace(left, halted=new)
 
     def drop(self, gone: Tensor, layer: int) -> "PackedTokens":
         """Take the rows of the mask ``gone (T,)`` out of the sequence, with what they have now.
@@ -165,44 +178,53 @@ class PackedTokens:
         Raises:
             ValueError: ``gone`` has another length than the rows, or a prefix row would go.
         """
-        if gone.shape != self.anchor.shape:
-            raise ValueError(f"gone must be ({len(self.x)},), got {tuple(gone.shape)}")
-        leave = gone.nonzero().squeeze(1)
-        if bool((self.anchor[leave] < 0).any()):
-            raise ValueError("prefix rows are never dropped")
-        parts = [self.x[leave], self.size[leave], self.anchor[leave], torch.full_like(leave, layer)]
+        leave, left = self._cut(gone, "gone")
+        x, size, anchor = self.x[leave], self.size[leave], self.anchor[leave]
+        block = torch.full_like(leave, layer)
+        taken = self.segments.minus(left.segments)
         if self.dropped is not None:
             old = self.dropped
-            before = (old.x, old.size, old.anchor, old.layer)
-            parts = [torch.cat(pair) for pair in zip(before, parts, strict=True)]
-        return replace(self._without(gone), dropped=Dropped(*parts))
+            x, size = torch.cat([old.x, x]), torch.cat([old.size, size])
+            anchor, block = torch.cat([old.anchor, anchor]), torch.cat([old.layer, block])
+            taken = old.segments.plus(taken)
+        return replace(left, dropped=Dropped(x, size, anchor, block, taken))
 
-    def _without(self, gone: Tensor) -> "PackedTokens":
-        """The same without the rows of the mask ``gone (T,)``; their cells have no live speaker."""
-        stay = (~gone).nonzero().squeeze(1)
-        return replace(
+    def _cut(self, gone: Tensor, name: str) -> tuple[Tensor, "PackedTokens"]:
+        """Rows ``(A,)`` of the mask ``gone (T,)``, and the tokens without them.
+
+        The cells of those that leave have no live speaker then.
+        """
+        if gone.shape != self.anchor.shape:
+            raise ValueError(f"{name} must be ({len(self.x)},), got {tuple(gone.shape)}")
+        segments, faults = ragged.kept_segments(~gone, self.offsets, gone & self.is_prefix)
+        if faults:
+            raise ValueError(f"{name} holds {faults} prefix rows, which never leave")
+        stay = ragged.rows_of(~gone, segments.total)
+        leave = ragged.rows_of(gone, len(gone) - segments.total)
+        left = replace(
             self,
             x=self.x[stay],
-            offsets=ragged.kept_offsets(~gone, self.offsets),
+            segments=segments,
             size=self.size[stay],
             anchor=self.anchor[stay],
         )
+        return leave, left
 
     def rejoined(self) -> "PackedTokens":
         """Bring dropped tokens back as live rows, each behind the others of its picture.
 
         ``dropped`` goes on saying which they are, and in which block they left.
         """
-        if self.dropped is None:
+        if self.dropped is None or not self.dropped.aside:
             return self
         cells = self.owner[0].numel()
         picture = torch.cat([self.picture(), self.dropped.anchor // cells])
         order = picture.argsort(stable=True)
-        lengths = torch.bincount(picture, minlength=len(self.offsets) - 1)
         return replace(
             self,
             x=torch.cat([self.x, self.dropped.x])[order],
-            offsets=ragged.offsets_of(lengths),
+            segments=self.segments.plus(self.dropped.segments),
             size=torch.cat([self.size, self.dropped.size])[order],
             anchor=torch.cat([self.anchor, self.dropped.anchor])[order],
+            dropped=replace(self.dropped, aside=False),
         )

@@ -19,15 +19,17 @@ def rows_of_cells(tokens: PackedTokens) -> Tensor:
     anchor = tokens.anchor
     if tokens.halted is not None:
         anchor = torch.cat([anchor, tokens.halted.anchor])
-    row = _rows_of_anchors(anchor, tokens.owner)
-    return torch.where(tokens.owner < 0, -1, row[tokens.owner.clamp(min=0)])
+    return _rows_of_anchors(anchor, tokens.owner)[tokens.owner]
 
 
 def _rows_of_anchors(anchor: Tensor, owner: Tensor) -> Tensor:
-    """Row that each cell names, flat over ``owner (B, H, W)``; -1 where it names none."""
-    speaks = anchor >= 0
-    row = torch.full((owner.numel(),), -1, dtype=torch.int64, device=anchor.device)
-    row[anchor[speaks]] = speaks.nonzero().squeeze(1)
+    """Row that each cell names, flat over ``owner (B, H, W)``; -1 where it names none.
+
+    One place more is that of -1: of prefix rows, and of cells outside.
+    """
+    row = anchor.new_full((owner.numel() + 1,), -1)
+    row[anchor] = torch.arange(len(anchor), device=anchor.device)
+    row[-1] = -1
     return row
 
 
@@ -76,26 +78,23 @@ def _rows_of_dropped(tokens: PackedTokens) -> Tensor:
     """Row of each dropped token, ``(A,)``; refuses those that wait aside, who speak for no cell."""
     if tokens.dropped is None:
         return tokens.anchor[:0]
-    rows = _rows_of_anchors(tokens.anchor, tokens.owner)[tokens.dropped.anchor]
-    if bool((rows < 0).any()):
+    if tokens.dropped.aside:
         raise ValueError("some tokens are dropped: bring them back with rejoined() first")
-    return rows
+    return _rows_of_anchors(tokens.anchor, tokens.owner)[tokens.dropped.anchor]
 
 
-def dropped_cells(tokens: PackedTokens) -> Tensor:
-    """Mask ``(B, H, W)`` of the cells whose token was dropped; all have rejoined."""
-    waited = torch.zeros_like(tokens.is_prefix)
-    waited[_rows_of_dropped(tokens)] = True
-    halted = None if tokens.halted is None else tokens.halted.anchor < 0  # none of them
-    rows = rows_of_cells(tokens)
-    return (rows >= 0) & token_values(waited, halted)[rows.clamp(min=0)]
+def ends_of_tokens(tokens: PackedTokens, depth: int) -> Tensor:
+    """Where each token ended, ``(T + A,)`` int64: twice the blocks that it ran through.
+
+    A dropped one has 1 more than twice the block that dropped it; ``depth`` is that of the model.
+    """
+    live = torch.full_like(tokens.anchor, 2 * depth)
+    if tokens.dropped is not None:
+        live[_rows_of_dropped(tokens)] = 2 * tokens.dropped.layer + 1
+    return live if tokens.halted is None else torch.cat([live, 2 * tokens.halted.layer])
 
 
 def layer_of_cells(tokens: PackedTokens, depth: int) -> Tensor:
     """Blocks that ran for each cell's token, ``(B, H, W)`` int64; ``depth`` if it never halted."""
-    live = torch.full_like(tokens.anchor, depth)
-    if tokens.dropped is not None:
-        live[_rows_of_dropped(tokens)] = tokens.dropped.layer
-    halted = tokens.halted.layer if tokens.halted is not None else None
     rows = rows_of_cells(tokens)
-    return torch.where(rows < 0, -1, token_values(live, halted)[rows.clamp(min=0)])
+    return torch.where(rows < 0, -1, ends_of_tokens(tokens, depth)[rows] >> 1)

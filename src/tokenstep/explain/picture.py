@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.config import Thresholds
-from tokenstep.core.unmerge import dropped_cells, rows_of_cells, unmerge
+from tokenstep.core.unmerge import ends_of_tokens, rows_of_cells, unmerge
 from tokenstep.data.labelled_folder import IGNORE
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import TokenUse
@@ -60,7 +60,8 @@ def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
         calibrated = logits / temperature
         rows = rows_of_cells(tokens)[0]
         # Cells of tokens that had halted name a row behind the live ones.
-        live = (rows < len(tokens.x)) & ~dropped_cells(tokens)[0]
+        dropped = ends_of_tokens(tokens, 0)[rows] % 2 > 0
+        live = (rows < len(tokens.x)) & ~dropped
         confidence = confidence_of(calibrated)[0][rows.clamp(max=len(tokens.x) - 1)]
         views.append(
             ExitView(

@@ -69,6 +69,14 @@ class Host(Protocol):
         """Windows ``(n, 3, k, k)`` of normalised pixels, a patch and its margin -> ``(n, D)``."""
         ...
 
+    def embed_grid(self, stem: Any, canvas: Tensor) -> Tensor:
+        """The same of all patches of pictures at once: canvas -> ``(B, H, W, D)``.
+
+        ``canvas`` is ``(B, 3, H * patch + 2 * margin, W * patch + 2 * margin)``. What cannot do
+        better than window by window returns :func:`by_windows`.
+        """
+        ...
+
     def prefix_rows(self, stem: Any) -> Tensor:
         """CLS and register rows with their positions, ``(prefix, D)``."""
         ...
@@ -88,6 +96,14 @@ class Host(Protocol):
     def norm(self, trunk: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""
         ...
+
+
+def by_windows(host: Host, stem: Any, canvas: Tensor) -> Tensor:
+    """Every patch of ``canvas`` by ``host.embed``, ``(B, H, W, D)``: windows overlap by margins."""
+    extent = host.patch + 2 * host.margin
+    # (B, H, W, 3, k, k)
+    windows = canvas.unfold(2, extent, host.patch).unfold(3, extent, host.patch).movedim(1, 3)
+    return torch.unflatten(host.embed(stem, windows.flatten(0, 2)), 0, windows.shape[:3])
 
 
 @dataclass(frozen=True, slots=True)

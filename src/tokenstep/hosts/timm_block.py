@@ -69,14 +69,12 @@ class TimmBlock:
         return linear_macs(attention) * rows + products + linear_macs(self.block.mlp) * left
 
 
-def run_block(
-    block: nn.Module, tokens: PackedTokens, segments: Segments, settings: BlockSettings
-) -> Tensor:
+def run_block(block: nn.Module, tokens: PackedTokens, settings: BlockSettings) -> Tensor:
     """Features ``(T, D)`` after one timm block over packed tokens, both halves."""
     cells = tokens.size if settings.size_bias else None
-    attend = Attend(segments, cells=cells, backend=settings.backend)
+    attend = Attend(tokens.segments, cells=cells, backend=settings.backend)
     x = settings.run(TimmBlock(block).attention, tokens.x, attend)
-    return settings.run(TimmBlock(block).mlp, x, segments)
+    return settings.run(TimmBlock(block).mlp, x, tokens.segments)
 
 
 def attention_of(attn: Attention, x: Tensor, attend: Attend) -> Tensor:

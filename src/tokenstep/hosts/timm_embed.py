@@ -11,6 +11,7 @@ class LinearEmbed(nn.Module):
     """timm's patch embedding on patches ``(n, 3, p, p)`` that were cut out before."""
 
     margin = 0
+    convolves = True
 
     def __init__(self, patch_embed: nn.Module) -> None:
         super().__init__()
@@ -21,6 +22,12 @@ class LinearEmbed(nn.Module):
         """``(n, 3, p, p)`` -> ``(n, D)``."""
         weight = self.proj.weight.flatten(1)
         return cast(Tensor, self.norm(F.linear(windows.flatten(1), weight, self.proj.bias)))
+
+    def on_grid(self, canvas: Tensor) -> Tensor:
+        """All patches of ``canvas (B, 3, H * p, W * p)`` -> ``(B, H, W, D)``."""
+        stride = self.proj.weight.shape[-1]
+        maps = F.conv2d(canvas, self.proj.weight, self.proj.bias, stride=stride)
+        return cast(Tensor, self.norm(maps.movedim(1, -1)))
 
 
 class ConvEmbed(nn.Module):
@@ -37,6 +44,7 @@ class ConvEmbed(nn.Module):
         super().__init__()
         self.margin = patch // 2
         step = patch // 4
+        self.convolves = patch % 4 == 0  # else the windows' own grids do not meet
         if patch % 2 or step == 0 or not 7 <= 2 * patch // step - 1 <= 8:
             raise ValueError(f"the conv stem runs on patches of 4, 8, 14, 16 or 32 px, not {patch}")
         self.layers = nn.Sequential(
@@ -53,3 +61,15 @@ class ConvEmbed(nn.Module):
         """``(n, 3, 2p, 2p)`` -> ``(n, D)``."""
         # Channels last in memory: on a CPU the convolutions take a third less time.
         return cast(Tensor, self.layers(windows.contiguous(memory_format=torch.channels_last)))
+
+    def on_grid(self, canvas: Tensor) -> Tensor:
+        """All patches of ``canvas (B, 3, H * p + p, W * p + p)`` -> ``(B, H, W, D)``.
+
+        Windows overlap by half a patch on each side, so they share their convolutions.
+        """
+        x = self.layers[:4](canvas)
+        # The layer that reads the 3 x 3 positions of a patch, as a convolution over all of them.
+        linear = cast(nn.Linear, self.layers[5])
+        weight = linear.weight.view(len(linear.weight), -1, 3, 3)
+        x = F.conv2d(x, weight, linear.bias, stride=2)
+        return cast(Tensor, self.layers[6](x.movedim(1, -1)))

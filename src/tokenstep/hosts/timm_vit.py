@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tokenstep.config import VitConfig
 from tokenstep.core.partition import Grid
 from tokenstep.data.pretrained import WeightFile
-from tokenstep.hosts.base import Learned
+from tokenstep.hosts.base import Learned, by_windows
 from tokenstep.hosts.positions import resampled
 from tokenstep.hosts.timm_block import PlainViT, TimmBlock, require_supported
 from tokenstep.hosts.timm_build import build_vit
@@ -55,6 +55,12 @@ class TimmViT:
     def embed(self, stem: Any, windows: Tensor) -> Tensor:
         """Windows ``(n, 3, k, k)``, a patch and its margin -> ``(n, D)``."""
         return cast(Tensor, stem.embed(windows))
+
+    def embed_grid(self, stem: Any, canvas: Tensor) -> Tensor:
+        """All patches of ``canvas`` with margins around -> ``(B, H, W, D)``."""
+        if stem.embed.convolves:
+            return cast(Tensor, stem.embed.on_grid(canvas))
+        return by_windows(self, stem, canvas)
 
     def prefix_rows(self, stem: Any) -> Tensor:
         """CLS and register rows with their positions, ``(prefix, D)``."""

@@ -206,12 +206,11 @@ def merge_thresholds(
     grows with its area. So the threshold of a size is the one at which ``price`` minus the impure
     patches, summed over all superpatches taken, is largest.
     """
-    device = next(model.parameters()).device
     sides, classes = model.config.policy.sizes, len(model.config.classes)
     samples: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sides]
     for image, label in folder:
-        (group,) = policy_features(model.policy, model.normalise([image.to(device)]))
-        scores_by_side = homogeneity(model.policy, group.features)
+        (looks,) = policy_features(model.policy, model.normalise([image]))
+        scores_by_side = homogeneity(model.policy, looks)
         full = padded_labels(label[None], model.patch)
         for sample, side, score in zip(samples, sides, scores_by_side, strict=True):
             share = purity(full, side * model.patch, classes)

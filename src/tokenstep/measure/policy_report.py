@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenstep.config import HALF, Channels
 from tokenstep.core import partition
+from tokenstep.core.same_size import stacked
 from tokenstep.data.augment import normalise
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.policies.batch import homogeneity, policy_features
@@ -48,8 +49,8 @@ def policy_report(
     curve = torch.zeros(len(THRESHOLDS), 3, dtype=torch.float64)
     cells = tokens = 0
     for image, label in folder:
-        (group,) = policy_features(policy, [normalise(image, means, deviations)])
-        scores = homogeneity(policy, group.features)
+        (looks,) = policy_features(policy, stacked([normalise(image, means, deviations)]))
+        scores = homogeneity(policy, looks)
         full = partition.padded_labels(label[None], policy.patch)
         grid = (full.shape[1] // policy.patch, full.shape[2] // policy.patch)
         shares = [partition.purity(full, side * policy.patch, classes) for side in sides]

@@ -54,7 +54,12 @@ def step_parts(
         raise ValueError(f"the policy has patches of {policy.patch} px, the ViT of {host.patch} px")
     classes, cells, dim = len(config.classes), config.vit.cells, host.dim
     context = policy.channels if config.vit.policy_features else 0
-    tokenise = Tokeniser(host, sub_patches=config.vit.sub_patches, context=context)
+    tokenise = Tokeniser(
+        host,
+        sides=config.policy.sizes,
+        sub_patches=config.vit.sub_patches,
+        context=context,
+    )
     exits = ExitHeads(config.vit.exits, dim, classes, cells)
     decoder: nn.Module = LinearDecoder(dim, classes, cells)
     if config.vit.decoder == "mask":

@@ -6,20 +6,21 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tokenstep.core.attention import Attend, Attended
-from tokenstep.core.ragged import Segments
+from tokenstep.core.ragged import rows_of
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import BlockSettings, Host, HostBlock
-from tokenstep.reducers.base import Reducer, apply, staying
+from tokenstep.reducers.base import Decision, Reducer, apply, staying
 
 Rows = tuple[int, ...]  # of each picture
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One asking of a reducer: in which block, and the rows of each picture before and after."""
+    """One asking of a reducer: in which block, what it decided, and each picture's rows around."""
 
     reducer: Reducer
     block: int
+    decision: type[Decision]
     before: Rows
     after: Rows
 
@@ -58,35 +59,35 @@ class Encoder(nn.Module):
         trace, settings = Trace(), self.settings
         between = [reducer for reducer in reducers if reducer.site == "attention"]
         behind = [reducer for reducer in reducers if reducer.site == "block"]
-        segments = Segments.of(tokens.offsets)
         for block in self.host_blocks():
+            segments = tokens.segments
             trace.attention.append(segments.lengths)
             cells = tokens.size if settings.size_bias else None
             attend = Attend(segments, cells=cells, backend=settings.backend, keep=bool(between))
             tokens = tokens.with_features(settings.run(block.attention, tokens.x, attend))
-            tokens, segments = _reduced(tokens, segments, between, trace, attend.seen)
-            trace.mlp.append(segments.lengths)
-            tokens = tokens.with_features(settings.run(block.mlp, tokens.x, segments))
-            tokens, segments = _reduced(tokens, segments, behind, trace)
+            tokens = _reduced(tokens, between, trace, attend.seen)
+            trace.mlp.append(tokens.segments.lengths)
+            tokens = tokens.with_features(settings.run(block.mlp, tokens.x, tokens.segments))
+            tokens = _reduced(tokens, behind, trace)
         tokens = tokens.rejoined()
         return tokens.with_features(self.host.norm(self, tokens.x)), trace
 
 
 def _reduced(
     tokens: PackedTokens,
-    segments: Segments,
     reducers: Sequence[Reducer],
     trace: Trace,
     seen: Attended | None = None,
-) -> tuple[PackedTokens, Segments]:
+) -> PackedTokens:
     """Ask reducers in turn, in the block that ``trace`` is at; each sees what the last left."""
     block = len(trace.attention)
     for reducer in reducers:
         decision = reducer(tokens, block, seen)
         if decision is None:
             continue
-        before, tokens = segments.lengths, apply(decision, tokens, block)
-        segments = Segments.of(tokens.offsets)
-        trace.asked.append(Asked(reducer, block, before, segments.lengths))
-        seen = None if seen is None else seen.of_rows(staying(decision), segments)
-    return tokens, segments
+        before, tokens = tokens.segments.lengths, apply(decision, tokens, block)
+        after = tokens.segments
+        trace.asked.append(Asked(reducer, block, type(decision), before, after.lengths))
+        if seen is not None:
+            seen = seen.of_rows(rows_of(staying(decision), after.total), after)
+    return tokens

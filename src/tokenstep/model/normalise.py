@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tokenstep.core.same_size import SameSize, stacked
 from tokenstep.data.augment import normalise
 
 
@@ -17,7 +18,14 @@ class Normalise(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def forward(self, pictures: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """Normalise ``(B, 3, h, w)`` or a list of ``(3, h, w)``, uint8 or float in 0..1."""
+    def forward(self, pictures: Tensor | Sequence[Tensor]) -> list[SameSize]:
+        """Normalise ``(B, 3, h, w)`` or a list of ``(3, h, w)``, uint8 or float in 0..1.
+
+        Those of one size are stacked, and moved to where the model is: as bytes, if they are
+        bytes, a quarter of what floats are.
+        """
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
-        return [normalise(picture, mean, std) for picture in pictures]
+        return [
+            SameSize(group.places, normalise(group.pixels.to(mean.device), mean, std))
+            for group in stacked(pictures)
+        ]

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenstep.core.partition import Grid, grid_of
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.core.unmerge import dropped_cells, layer_of_cells
+from tokenstep.core.unmerge import rows_of_cells
 from tokenstep.model.encoder import Rows, Trace
+from tokenstep.reducers.base import Drop, Halt
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Segmented:
     """What a forward returns: logits of the live tokens, and where each token speaks."""
 
@@ -26,10 +27,36 @@ class Segmented:
     patch: int  # pixels a side
     prefix: int  # CLS and register rows of each picture
     scored: bool  # whether the policy's scores made the partition
+    flow: str  # the dataflow that it came by
 
     def grid(self, index: int) -> Grid:
         """Patch grid (H, W) of picture ``index``."""
         return grid_of(self.sizes[index], self.patch)
+
+    @property
+    def alike(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Places of the pictures of each size (h, w)."""
+        places = range(len(self.sizes))
+        return {
+            size: tuple(place for place in places if self.sizes[place] == size)
+            for size in dict.fromkeys(self.sizes)
+        }
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Row of :attr:`values` that speaks for each cell, ``(B, H, W)`` int64; -1 outside."""
+        return rows_of_cells(self.tokens)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Logits ``(T, S, C)`` of the live tokens and, if any halted, of these."""
+        halted = self.tokens.halted
+        return [self.logits] if halted is None else [self.logits, halted.logits]
+
+    @property
+    def side(self) -> int:
+        """Sub-cells of a token, a side."""
+        return int(self.logits.shape[1] ** 0.5 + 0.5)
 
     @property
     def live(self) -> tuple[Rows, ...]:
@@ -38,7 +65,7 @@ class Segmented:
 
     def end(self, index: int) -> int:
         """Rows of picture ``index`` that the decoder sees: live or dropped, prefix rows too."""
-        return int(self.tokens.offsets.diff()[index])
+        return self.tokens.segments.lengths[index]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,45 +84,48 @@ class TokenUse:
     live: tuple[int, ...]  # tokens that entered each block
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CellMaps:
+    """What is to be told of the cells of a batch, on the host; each is ``(B, H, W)``."""
+
+    level: NDArray[np.int8]  # the cell lies in a superpatch of side 2 ** level
+    end: NDArray[np.int16]  # twice the blocks that the cell's token ran, plus 1 if it was dropped
+    owner: NDArray[np.int32]  # any name of the cell's token
+
+
 def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
     """Name each token by the flat index of its first cell; ``owner (H, W)`` has any names."""
     _, first, token = np.unique(owner, return_index=True, return_inverse=True)
     return first[token].reshape(owner.shape)
 
 
-def token_uses(segmented: Segmented, exits: Sequence[int]) -> list[TokenUse]:
+def token_uses(segmented: Segmented, exits: Sequence[int], maps: CellMaps) -> list[TokenUse]:
     """Where the tokens of each picture of a batch went; ``exits`` are those of the model."""
-    depth, tokens = len(segmented.live), segmented.tokens
-    layers, gone = layer_of_cells(tokens, depth), dropped_cells(tokens)
-    return [
-        _token_use(segmented, layers, gone, index=index, exits=exits)
-        for index in range(len(segmented.sizes))
-    ]
+    return [_token_use(segmented, maps, place, exits) for place in range(len(segmented.sizes))]
 
 
-def _token_use(
-    segmented: Segmented, layers: Tensor, gone: Tensor, *, index: int, exits: Sequence[int]
-) -> TokenUse:
-    depth, tokens = len(segmented.live), segmented.tokens
-    height, width = segmented.grid(index)
+def _token_use(segmented: Segmented, maps: CellMaps, place: int, exits: Sequence[int]) -> TokenUse:
+    height, width = segmented.grid(place)
+    own = (place, slice(height), slice(width))
+    end = maps.end[own]
+    trace, prefix = segmented.trace, segmented.prefix
     halted = dict.fromkeys(exits, 0)
-    if tokens.halted is not None:
-        own = tokens.halted.anchor // tokens.owner[0].numel() == index
-        counts = torch.bincount(tokens.halted.layer[own], minlength=depth).tolist()
-        halted = {after: counts[after] for after in exits}
     dropped = 0
-    if tokens.dropped is not None:
-        own = tokens.dropped.anchor // tokens.owner[0].numel() == index
-        dropped = int(own.sum())
+    for asked in trace.asked:
+        gone = asked.before[place] - asked.after[place]
+        if asked.decision is Halt and asked.block in halted:
+            halted[asked.block] += gone
+        elif asked.decision is Drop:
+            dropped += gone
     return TokenUse(
         grid=height * width,
-        start=segmented.live[0][index] - segmented.prefix,
-        end=segmented.end(index) - segmented.prefix - dropped,
+        start=segmented.live[0][place] - prefix,
+        end=segmented.end(place) - prefix - dropped,
         halted=halted,
-        level=segmented.partition[index, :height, :width].cpu().numpy(),
-        layer=layers[index, :height, :width].to(torch.int16).cpu().numpy(),
-        dropped=gone[index, :height, :width].cpu().numpy(),
-        depth=depth,
-        owner=first_cells(tokens.owner[index, :height, :width].cpu().numpy()),
-        live=tuple(rows[index] - segmented.prefix for rows in segmented.live),
+        level=maps.level[own].copy(),
+        layer=end >> 1,
+        dropped=end % 2 > 0,
+        depth=len(segmented.live),
+        owner=first_cells(maps.owner[own].astype(np.int64)),
+        live=tuple(rows[place] - prefix for rows in segmented.live),
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenstep.config import Budget, Spending, Thresholds
 from tokenstep.core.attention import Backend
+from tokenstep.core.same_size import sizes_of
 from tokenstep.data.pictures import Picture, picture_tensor
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
 from tokenstep.data.whole_files import write_text
@@ -20,10 +21,11 @@ from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 from tokenstep.model.build import Parts, require_described, step_parts
 from tokenstep.model.card import model_card
+from tokenstep.model.collected import collected
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import CostCounter
+from tokenstep.model.dataflow import Dataflow, flow_for
 from tokenstep.model.decoder import MaskDecoder
-from tokenstep.model.label_map import label_maps
 from tokenstep.model.normalise import Normalise
 from tokenstep.model.renamed import renamed, with_new_keys
 from tokenstep.model.result import Result
@@ -31,7 +33,12 @@ from tokenstep.model.segmented import Segmented, token_uses
 from tokenstep.model.spending import plan_of, reducers_of, require_reducers, spending_of
 from tokenstep.model.stage_timer import StageTimer
 from tokenstep.model.weight_files import load_weights, save_weights
-from tokenstep.policies.batch import features_on_grids, partition_by, policy_features
+from tokenstep.policies.batch import (
+    features_on_grids,
+    partition_by,
+    policy_features,
+    require_finite,
+)
 from tokenstep.reducers.base import Reducer
 
 WEIGHTS = "model.safetensors"
@@ -67,6 +74,7 @@ class Segmenter(
         self.exits = parts.exits
         self.decoder = parts.decoder
         self.costs = CostCounter(parts)
+        self.dataflow: Dataflow = "auto"
 
     @classmethod
     def build(cls, config: ModelConfig) -> Self:
@@ -105,15 +113,16 @@ class Segmenter(
         plan = plan_of(spending, self.config.policy.sizes) if partition is None else None
         normal = self.normalise(pictures)
         context = self.tokenise.context is not None
-        seen = policy_features(self.policy, normal) if plan or context else []
+        looks = policy_features(self.policy, normal) if plan or context else []
+        finite = None
         if partition is None:
-            partition = partition_by(self.policy, normal, seen, plan)
+            partition, finite = partition_by(self.policy, normal, looks, plan)
         if unmerged is not None:
             whole = unmerged.view(-1, 1, 1)
             partition = torch.where(whole, partition.clamp(max=0), partition)
-        tokens = self.tokenise(
-            normal, partition, features_on_grids(self.policy, seen) if context else None
-        )
+        flow = flow_for(self.dataflow, self.device)
+        seen = features_on_grids(self.policy, looks) if context else None
+        tokens = self.tokenise(normal, partition, seen, finite, flow)
         own = reducers_of(spending, self.exits, self.config.temperatures)
         tokens, trace = self.encoder(tokens, [*reducers, *own])
         return Segmented(
@@ -121,18 +130,21 @@ class Segmenter(
             logits=self.decoder(tokens),
             partition=partition,
             trace=trace,
-            sizes=tuple((picture.shape[-2], picture.shape[-1]) for picture in normal),
+            sizes=tuple(sizes_of(normal)),
             patch=self.patch,
             prefix=self.tokenise.prefix_count,
             scored=plan is not None,
+            flow=flow,
         )
 
     def partition(self, pictures: Sequence[Tensor], spending: Spending) -> Tensor:
         """The policy's partition ``(B, H, W)`` of pictures ``(3, h, w)``, without segmenting."""
         plan = plan_of(spending, self.config.policy.sizes)
         normal = self.normalise(pictures)
-        seen = policy_features(self.policy, normal) if plan else []
-        return partition_by(self.policy, normal, seen, plan)
+        looks = policy_features(self.policy, normal) if plan else []
+        partition, finite = partition_by(self.policy, normal, looks, plan)
+        require_finite(finite is None or bool(finite))
+        return partition
 
     @torch.inference_mode()
     def segment(
@@ -202,16 +214,14 @@ class Segmenter(
             raise TokenstepError(f"thresholds is {thresholds!r}: {kinds}")
         timer = StageTimer(self.normalise, self.parts, self.device)
         with timer:
-            # Moved as bytes: a quarter of what floats are.
-            moved = [picture_tensor(picture).to(self.device) for picture in pictures]
             segmented = self(
-                moved,
+                [picture_tensor(picture) for picture in pictures],
                 thresholds=thresholds,
                 budget=budget,
                 partition=partition,
                 reducers=reducers,
             )
-            labels = [one.cpu().numpy() for one in label_maps(segmented)]
+            labels, maps = collected(segmented)
         times = {stage: time / len(pictures) for stage, time in timer.milliseconds().items()}
         return [
             Result(
@@ -224,7 +234,7 @@ class Segmenter(
                 patch=self.patch,
                 milliseconds=dict(times),
             )
-            for index, use in enumerate(token_uses(segmented, self.exits.after))
+            for index, use in enumerate(token_uses(segmented, self.exits.after, maps))
         ]
 
     @property
@@ -237,8 +247,23 @@ class Segmenter(
         """Where the model lies."""
         return cast(Tensor, self.normalise.mean).device
 
-    def use(self, *, backend: Backend = "auto", checkpointing: bool = False) -> None:
-        """Choose the attention back end, and whether blocks are recomputed in the backward pass."""
+    def use(
+        self,
+        *,
+        backend: Backend = "auto",
+        checkpointing: bool = False,
+        dataflow: Dataflow = "auto",
+    ) -> None:
+        """Choose the attention back end, and whether blocks are recomputed in the backward pass.
+
+        ``dataflow`` is how pictures become tokens and tokens pixels: "windows" is made for CPUs and
+        "grid" for GPUs; all compute the same.
+
+        Raises:
+            ValueError: there is no such dataflow.
+        """
+        flow_for(dataflow, self.device)
+        self.dataflow = dataflow
         run = replace(self.encoder.settings, backend=backend, checkpointing=checkpointing)
         self.encoder.settings = run
         if isinstance(self.decoder, MaskDecoder):

@@ -1,35 +1,41 @@
 """Stage 2 of 6: picture + partition -> PackedTokens.
 
 A supertoken is the same patch embedding on the picture scaled down by its superpatch's side, at
-the position embedding pooled over the superpatch (as CTS does for 2x2, CVPR 2023). Only the
-selected superpatches are embedded.
+the position embedding pooled over the superpatch (as CTS does for 2x2, CVPR 2023). How they are
+embedded is the dataflow's business: :mod:`tokenstep.model.dataflow`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenstep.core import ragged
-from tokenstep.core.partition import Grid, grid_of, halved, uniform
+from tokenstep.core.partition import grid_of, level_of, uniform
+from tokenstep.core.ragged import Segments, offsets_of, rows_of
+from tokenstep.core.same_size import SameSize, sizes_of
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import Host
-
-Places = tuple[Tensor, Tensor, Tensor]  # picture, row and column of superpatches of one side
-
-BAND_WINDOWS = 128  # windows cut out at a time, 1.5 MiB of 32 x 32 px: all would leave the caches
+from tokenstep.model.dataflow import DATAFLOWS
+from tokenstep.model.superpatches import Superpatches
+from tokenstep.policies.batch import require_finite
 
 
 class Tokeniser(nn.Module):
-    """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them."""
+    """Embeds the superpatches of a partition, adds positions and prefix tokens, and packs them.
 
-    def __init__(self, host: Host, *, sub_patches: bool, context: int = 0) -> None:
+    ``sides`` are those that superpatches may have, in patches.
+    """
+
+    def __init__(
+        self, host: Host, *, sides: Sequence[int], sub_patches: bool, context: int = 0
+    ) -> None:
         super().__init__()
         self.host = host
         for name, part in host.before().items():
             setattr(self, name, part)
         self.patch, self.margin, self.prefix_count = host.patch, host.margin, host.prefix
+        self.highest = max((level_of(side) for side in sides), default=0)
         # In whole fours, so that half of it, less what a last odd row takes, is still a border.
         self.edge = -(-self.margin // 4) * 4
         # Zero at the start, so that switching it on changes nothing until it is trained (APT).
@@ -57,145 +63,99 @@ class Tokeniser(nn.Module):
 
     def forward(
         self,
-        pictures: Sequence[Tensor],
+        groups: Sequence[SameSize],
         level: Tensor,
-        context: Mapping[Grid, Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+        finite: Tensor | None = None,
+        flow: str = "windows",
     ) -> PackedTokens:
-        """Tokens of ``pictures`` (each ``(3, h, w)``, normalised) under ``level (B, H, W)``.
+        """Tokens of normalised pictures under ``level (B, H, W)``.
 
-        ``context`` is what the policy saw, ``(n, channels, H, W)`` of the pictures of each grid
-        in their order, for a model that uses it.
+        ``context`` is what the policy saw, ``(n, channels, H, W)`` of each group, for a model that
+        uses it; ``finite``, ``()`` bool, says whether the scores that made ``level`` are.
 
         Raises:
-            ValueError: ``level`` does not cover just the pictures' cells, or ``context`` is
-                missing or not wanted.
+            ValueError: ``level`` does not cover just the pictures' cells or has larger
+                superpatches than the model, or ``context`` is missing or not wanted.
+            TokenstepError: the scores are not finite.
         """
         if (context is None) != (self.context is None):
             raise ValueError("context must be given just where the model uses policy features")
-        grids = [grid_of(picture.shape[-2:], self.patch) for picture in pictures]
-        if not torch.equal(level >= 0, uniform(grids, level.device) >= 0):
-            raise ValueError(
-                f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches"
-            )
-        _, height, width = level.shape
-        features, anchors, sizes = [], [], []
-        # Pictures of one grid share a canvas. One for all would be as high as the tallest and as
-        # wide as the widest: many times their pixels.
-        for grid in dict.fromkeys(grids):
-            alike = [index for index, other in enumerate(grids) if other == grid]
-            which = torch.tensor(alike, device=level.device)
-            own = level if len(alike) == len(grids) else level[which, : grid[0], : grid[1]]
-            seen = None if context is None else context[grid]
-            for side, x, place in self._by_side([pictures[index] for index in alike], own, seen):
-                picture, row, column = place
-                features.append(x)
-                anchors.append((which[picture] * height + row * side) * width + column * side)
-                sizes.append(torch.full_like(picture, side * side))
-        anchor, size = torch.cat(anchors), torch.cat(sizes)
-        order = anchor.argsort()
-        x = torch.cat(features)
-        packed = self._pack(x, anchor[order], size[order], order=order, level=level)
-        return packed.with_features(self.host.enter(self, packed.x))
-
-    def _by_side(
-        self, pictures: Sequence[Tensor], level: Tensor, seen: Tensor | None
-    ) -> Iterator[tuple[int, Tensor, Places]]:
-        """Superpatches of pictures of one grid, by side: the side, features ``(n, D)``, places."""
-        _, height, width = level.shape
-        positions = self.host.positions(self, (height, width))
-        canvas = bordered(pictures, height * self.patch, width * self.patch, self.edge)
-        scaled, reached = canvas, 0
-        for rank in torch.unique(level).tolist():
-            side = 1 << rank
-            for _ in range(rank - reached):
-                scaled = self._halved(scaled)
-                seen = None if seen is None else halved(seen)
-                positions = None if positions is None else halved(positions)
-            reached = rank
-            # Aligned squares: the top left cell of each superpatch lies on this stride.
-            picture, row, column = (level[:, ::side, ::side] == rank).nonzero(as_tuple=True)
-            place = (picture, row, column)
-            x = self._embedded(self._windows(scaled), place)
-            if self.sub_patches is not None and rank > 0:
-                x = x + self.sub_patches(self._sub_patch_mean(canvas, side, place))
-            if self.context is not None and seen is not None:
-                x = x + self.context(seen[picture, :, row, column].to(x.dtype))
-            if positions is not None:
-                x = x + positions[0].permute(1, 2, 0)[row, column]
-            yield side, x, place
-
-    def _halved(self, canvas: Tensor) -> Tensor:
-        """A canvas of half the size, whose border is as wide as before."""
-        smaller = halved(canvas)
-        height, width = smaller.shape[2:]
-        return bordered(smaller.unbind(), height, width, self.edge // 2) if self.edge else smaller
-
-    def _embedded(self, windows: Tensor, where: Places) -> Tensor:
-        """Embed the ``windows (B, rows, columns, k, k, 3)`` at ``where``, ``(n, D)``, in bands."""
-        bands = zip(*(torch.split(index, BAND_WINDOWS) for index in where), strict=True)
-        found = [self.host.embed(self, windows[band].movedim(-1, 1)) for band in bands]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _windows(self, canvas: Tensor) -> Tensor:
-        """View of every patch of a canvas with its margin: ``(B, rows, columns, k, k, 3)``."""
-        start = self.edge - self.margin
-        cut = canvas.movedim(1, -1)[:, start:, start:]
-        extent = self.patch + 2 * self.margin
-        windows = cut.unfold(1, extent, self.patch).unfold(2, extent, self.patch)
-        return windows.movedim(3, -1)
-
-    def _sub_patch_mean(self, canvas: Tensor, side: int, where: Places) -> Tensor:
-        """Mean embedding of the single patches within each superpatch, ``(n, D)``."""
-        picture, row, column = where
-        inner = torch.arange(side, device=row.device)
-        rows = (row[:, None] * side + inner)[:, :, None]
-        columns = (column[:, None] * side + inner)[:, None, :]
-        patches = self._windows(canvas)[picture[:, None, None], rows, columns]
-        embedded = self.host.embed(self, patches.flatten(0, 2).movedim(-1, 1))
-        return torch.unflatten(embedded, 0, (len(row), side**2)).mean(1)
-
-    def _pack(
-        self, x: Tensor, anchor: Tensor, size: Tensor, *, order: Tensor, level: Tensor
-    ) -> PackedTokens:
-        """Put the prefix rows before each picture's tokens, and say who owns which cell."""
-        batch, height, width = level.shape
-        count = self.prefix_count
-        picture = anchor // (height * width)
-        lengths = torch.bincount(picture, minlength=batch) + count
-        offsets = ragged.offsets_of(lengths)
-        place = torch.arange(len(anchor), device=x.device) + count * (picture + 1)
-        rows = len(anchor) + count * batch
-        prefix = offsets[:-1, None] + torch.arange(count, device=x.device)
-        source = torch.empty(rows, dtype=torch.int64, device=x.device)
-        source[place] = order + count
-        source[prefix] = torch.arange(count, device=x.device).expand(batch, count)
-        table = torch.cat([self.host.prefix_rows(self).to(x.dtype), x]) if count else x
+        owner, prefix = owners(level), self.prefix_count
+        # (B, prefix + H * W): whether a prefix row or a cell has a token of its own
+        first = owner.flatten(1) == torch.arange(owner.numel(), device=owner.device).view(
+            len(owner), -1
+        )
+        speaks = nn.functional.pad(first, (prefix, 0), value=True)
+        segments = self._segments(speaks, groups, level, finite)
+        index = rows_of(speaks.flatten(), segments.total)
+        # (T,) each: the picture, and its cell or, below 0, its prefix row
+        picture, cell = index // speaks.shape[1], index % speaks.shape[1] - prefix
+        is_prefix = cell < 0
+        anchor = torch.where(is_prefix, -1, index - (picture + 1) * prefix)
+        rank = level.flatten()[anchor].long()  # of a prefix row what the last cell has
+        width = level.shape[2]
+        tokens = [length - prefix for length in segments.lengths]
+        speaker = torch.where(is_prefix, -1, picture)
+        # The rows of a table, prefix rows first, and of it the one that each token gets.
+        table, source = [self.host.prefix_rows(self)] if prefix else [], cell + prefix
+        begin = prefix
+        for number, group in enumerate(groups):
+            rows, stack = _rows_of(group.places, speaker, tokens)
+            own, grid = cell[rows], grid_of(group.size, self.patch)
+            where = Superpatches(stack, own // width, own % width, rank[rows], grid)
+            seen = None if context is None else context[number]
+            table.append(DATAFLOWS[flow].embed(self, group.pixels, where, seen))
+            source[rows] = torch.arange(begin, begin + len(rows), device=rows.device)
+            begin += len(rows)
+        x = torch.cat([part.to(table[-1].dtype) for part in table])[source]
         return PackedTokens(
-            x=table[source],
-            offsets=offsets,
-            size=torch.ones_like(source).index_copy(0, place, size),
-            anchor=torch.full_like(source, -1).index_copy(0, place, anchor),
-            owner=owners(level),
+            x=self.host.enter(self, x),
+            segments=segments,
+            size=torch.where(is_prefix, 1, 1 << 2 * rank),
+            anchor=anchor,
+            owner=owner,
         )
 
+    def _segments(
+        self, speaks: Tensor, groups: Sequence[SameSize], level: Tensor, finite: Tensor | None
+    ) -> Segments:
+        """Where each picture's rows will lie; one trip to the host brings back any fault too."""
+        counts = speaks.sum(1)
+        grids = [grid_of(size, self.patch) for size in sizes_of(groups)]
+        fault = ValueError(
+            f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches, or has "
+            f"larger superpatches than {1 << self.highest} patches a side"
+        )
+        if finite is None:
+            inside = uniform(grids, level.device) >= 0
+            if inside.shape != level.shape:
+                raise fault
+            wrong = (((level >= 0) != inside) | (level > self.highest)).any()
+        else:
+            wrong = ~finite
+        *lengths, faults = torch.cat([counts, wrong.unsqueeze(0)]).tolist()
+        require_finite(finite is None or not faults)
+        if faults:
+            raise fault
+        return Segments(offsets_of(counts), tuple(lengths))
 
-def bordered(pictures: Sequence[Tensor], height: int, width: int, edge: int) -> Tensor:
-    """Lay pictures ``(3, h, w)`` on a canvas ``(B, 3, height + 2 edge, width + 2 edge)``.
 
-    Beyond its own border a picture goes on as its border pixel for as far as the canvas goes: so
-    what a window sees there does not depend on the other pictures. Channels are last in memory,
-    so that windows are cut in long runs and as the stem's convolutions want them.
+def _rows_of(
+    places: Sequence[int], picture: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens of some pictures, ``(n,)``, and which of these each belongs to.
+
+    ``picture (T,)`` is that of each row, -1 of a prefix row; ``counts`` are the pictures' tokens.
     """
-    canvas = pictures[0].new_empty(len(pictures), height + 2 * edge, width + 2 * edge, 3)
-    for index, picture in enumerate(pictures):
-        sheet = canvas[index]
-        bottom, right = edge + picture.shape[1], edge + picture.shape[2]
-        sheet[edge:bottom, edge:right] = picture.movedim(0, -1)
-        sheet[edge:bottom, :edge] = sheet[edge:bottom, edge : edge + 1]
-        sheet[edge:bottom, right:] = sheet[edge:bottom, right - 1 : right]
-        sheet[:edge] = sheet[edge]
-        sheet[bottom:] = sheet[bottom - 1]
-    return canvas.movedim(-1, 1)
+    if len(places) < len(counts):
+        number = picture.new_full((len(counts) + 1,), -1)  # the last place is that of -1
+        number[torch.tensor(places, device=picture.device)] = torch.arange(
+            len(places), device=picture.device
+        )
+        picture = number[picture]
+    rows = rows_of(picture >= 0, sum(counts[place] for place in places))
+    return rows, picture[rows]
 
 
 def owners(level: Tensor) -> Tensor:
@@ -205,5 +165,5 @@ def owners(level: Tensor) -> Tensor:
     rows = torch.arange(height, device=level.device).view(1, -1, 1)
     columns = torch.arange(width, device=level.device).view(1, 1, -1)
     pictures = torch.arange(batch, device=level.device).view(-1, 1, 1)
-    top, left = rows - rows % side, columns - columns % side
+    top, left = rows & -side, columns & -side
     return torch.where(level < 0, -1, (pictures * height + top) * width + left)

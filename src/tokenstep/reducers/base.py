@@ -1,5 +1,6 @@
 """What a token reducer is: it decides, and the tokens act on its decision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -35,10 +36,13 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Decision to halt: mask ``done (T,)`` and the final ``logits (A, S, C)`` of its rows."""
+    """Decision to halt: mask ``done (T,)`` of rows that leave with their final logits.
+
+    ``classify`` makes the logits ``(A, S, C)`` of their features ``(A, D)``.
+    """
 
     done: Tensor
-    logits: Tensor
+    classify: Callable[[Tensor], Tensor]
 
 
 Decision = Merge | Drop | Halt
@@ -86,8 +90,8 @@ def apply(decision: Decision | None, tokens: PackedTokens, block: int) -> Packed
             return tokens.merge(into, weight)
         case Drop(gone):
             return tokens.drop(gone, block)
-        case Halt(done, logits):
-            return tokens.halt(done, logits, block)
+        case Halt(done, classify):
+            return tokens.halt(done, classify, block)
         case None:
             return tokens
 

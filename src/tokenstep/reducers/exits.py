@@ -7,6 +7,7 @@ keep the few surest of each class as context.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Pruning(ABC):
         index = self.exits.after.index(block)
         confidence, predicted = self.judged(tokens.x, index)
         done = self.done(tokens, confidence, predicted, index)
-        return Halt(done, self.exits(tokens.x[done], index))
+        return Halt(done, partial(self.exits, exit_index=index))
 
     @abstractmethod
     def done(

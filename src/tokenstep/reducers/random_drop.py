@@ -41,7 +41,7 @@ class RandomDrop:
         if self.blocks and block not in self.blocks:
             return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
-        longest = int(tokens.offsets.diff().max())
+        longest = tokens.segments.longest
         drawn = torch.rand(longest, generator=generator).to(tokens.x.device)
         picture = tokens.picture()
         place = torch.arange(len(picture), device=picture.device) - tokens.offsets[picture]
