@@ -30,10 +30,15 @@ def scramble(module: nn.Module) -> None:
 
 def random_partition(grids: list[Grid], sizes: tuple[int, ...] = (2, 4)) -> Tensor:
     """A partition with superpatches of all sizes, drawn picture by picture."""
-    empty = partition.uniform(grids)
-    height, width = empty.shape[1:]
-    scores = [torch.rand(len(grids), height // size, width // size) for size in sizes]
-    return partition.by_threshold(scores, empty, sizes=sizes, thresholds=[0.5] * len(sizes))
+    level = partition.uniform(grids)
+    for own, (height, width) in zip(level, grids, strict=True):
+        scores = [torch.rand(1, height // size, width // size) for size in sizes]
+        empty = partition.uniform([(height, width)])
+        thresholds = [0.5] * len(sizes)
+        own[:height, :width] = partition.by_threshold(
+            scores, empty, sizes=sizes, thresholds=thresholds
+        )[0]
+    return level
 
 
 def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedTokens:

@@ -63,11 +63,10 @@ def test_each_size_has_its_own_threshold_and_must_pass_it() -> None:
     assert torch.equal(nothing, empty)
 
 
-@given(GRIDS)
-def test_a_higher_threshold_never_merges_more(grids: list[tuple[int, int]]) -> None:
-    empty = partition.uniform(grids)
-    height, width = empty.shape[1:]
-    scores = [torch.rand(len(grids), height // size, width // size) for size in SIZES]
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_a_higher_threshold_never_merges_more(height: int, width: int) -> None:
+    empty = partition.uniform([(height, width)] * 3)
+    scores = [torch.rand(3, height // size, width // size) for size in SIZES]
     counts = [
         partition.token_counts(
             partition.by_threshold(scores, empty, sizes=SIZES, thresholds=(bar,) * 3)

@@ -190,9 +190,8 @@ def test_a_budget_halts_its_share_of_every_picture_the_surest_first(
     halt = BudgetPruning(heads, {2: share}, spare)(tokens, 2)
     assert halt is not None
     confidence, predicted = confidence_of(heads(tokens.x, 0))
-    spared = BudgetPruning(heads, {}, spare).spared(
-        tokens, confidence, predicted, ~tokens.is_prefix
-    )
+    ranks = BudgetPruning(heads, {}, spare).rank(tokens, confidence, predicted, ~tokens.is_prefix)
+    spared = ~tokens.is_prefix & (ranks < spare)
     assert not halt.done[tokens.is_prefix].any()
     for number, (height, width) in enumerate(grids):
         own = (tokens.picture() == number) & ~tokens.is_prefix

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenstep.core import ragged
 from tokenstep.core.ragged import Segments
 
 Backend = Literal["auto", "loop", "padded", "varlen"]
@@ -101,14 +100,15 @@ def packed_attention(
     """Let each row attend to the rows of its own picture.
 
     ``q``, ``k``, ``v`` are ``(T, heads, d)``; the result is ``(T, heads, d)``. ``loop`` calls the
-    fused kernel once per picture and is the reference; ``padded`` calls it once with a key mask;
-    ``varlen`` is CUDA's flash kernel for fp16 and bf16. ``auto`` takes ``varlen`` where it runs,
-    ``padded`` on CUDA in fp32, ``loop`` on the CPU.
+    fused kernel once per picture and is the reference; ``padded`` calls it once, with a key mask
+    where pictures differ in length; ``varlen`` is CUDA's flash kernel for fp16 and bf16. On CUDA
+    ``auto`` takes ``padded`` where no mask is needed or in fp32, else ``varlen``; on a CPU it is
+    ``loop``.
 
     Raises:
         ValueError: an unknown back end, or ``varlen`` where it cannot run.
     """
-    match pick_backend(backend, q):
+    match pick_backend(backend, q, even=segments.even):
         case "loop":
             return _loop(q, k, v, segments=segments, scale=scale)
         case "padded":
@@ -119,8 +119,8 @@ def packed_attention(
             raise ValueError(f"unknown attention back end {unknown!r}, choose from {BACKENDS}")
 
 
-def pick_backend(backend: Backend, q: Tensor) -> Backend:
-    """Resolve ``auto`` for the device and dtype of ``q``."""
+def pick_backend(backend: Backend, q: Tensor, *, even: bool = False) -> Backend:
+    """Resolve ``auto`` for the device and dtype of ``q``, and pictures of ``even`` lengths."""
     flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "varlen" and not flash:
         raise ValueError(
@@ -129,7 +129,7 @@ def pick_backend(backend: Backend, q: Tensor) -> Backend:
         )
     if backend != "auto":
         return backend
-    if flash:
+    if flash and not even:
         return "varlen"
     return "padded" if q.is_cuda else "loop"
 
@@ -169,11 +169,18 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) 
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:
-    offsets, longest = segments.offsets, segments.longest
-    q4, k4, v4 = (ragged.pad(t, offsets, longest).transpose(1, 2) for t in (q, k, v))
-    real = torch.arange(longest, device=q.device) < offsets.diff().unsqueeze(1)
-    out = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=real[:, None, None], scale=scale)
-    return ragged.unpad(out.transpose(1, 2), offsets, len(q))
+    if segments.even:
+        # (T, heads, d) -> (B, heads, n, d), a view
+        shape = (len(segments.lengths), segments.longest)
+        q4, k4, v4 = (torch.unflatten(t, 0, shape).transpose(1, 2) for t in (q, k, v))
+        even = F.scaled_dot_product_attention(q4, k4, v4, scale=scale)
+        return even.transpose(1, 2).flatten(0, 1)
+    padding = segments.padding
+    # (B, 3, heads, longest, d): one gather for all three
+    q4, k4, v4 = padding.pad(torch.stack((q, k, v), dim=1)).transpose(1, 3).unbind(2)
+    mask = padding.real[:, None, None]
+    out = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask, scale=scale)
+    return padding.unpad(out.transpose(1, 2))
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:

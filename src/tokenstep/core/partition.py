@@ -40,8 +40,8 @@ def by_threshold(
     """Take superpatches coarse to fine where their score passes and no larger one covers them.
 
     ``scores[k]`` is ``(B, H // sizes[k], W // sizes[k])`` in 0..1 and is taken where it is
-    greater than ``thresholds[k]``; ``empty`` is the partition without merging
-    (:func:`uniform`). A superpatch that would hang over its picture's border is not formed.
+    greater than ``thresholds[k]``; ``empty`` is the partition without merging (:func:`uniform`) of
+    pictures that fill the whole grid. A superpatch that would hang over the border is not formed.
 
     Raises:
         ValueError: the three sequences differ in length, or a size is no power of two above 1.
@@ -56,7 +56,7 @@ def by_threshold(
     for size, score, threshold in sorted(
         zip(sizes, scores, thresholds, strict=True), key=lambda entry: entry[0]
     ):
-        _place(level, size, (score > threshold) & _uncovered(empty, size))
+        _place(level, size, score > threshold)
     return level
 
 

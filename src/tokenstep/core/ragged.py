@@ -4,16 +4,18 @@ Picture ``b`` has rows ``offsets[b]:offsets[b + 1]``. Nothing here knows what a 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segments:
     """Where each picture's rows lie, on the device and as Python ints.
 
-    The ints cost one host sync on a GPU, so they are read once per shrink and handed on.
+    The ints cost one host sync on a GPU, so they are read once per shrink and handed on; and what
+    is made of them for one block serves the next.
     """
 
     offsets: Tensor
@@ -44,35 +46,52 @@ class Segments:
         """Rows of all pictures."""
         return sum(self.lengths)
 
+    @property
+    def even(self) -> bool:
+        """Whether all pictures have as many rows."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Rows of each picture, ``(B,)`` int64, where the offsets are."""
+        return self.offsets.diff()
+
+    @cached_property
+    def picture(self) -> Tensor:
+        """Picture of each row, ``(T,)`` int64."""
+        pictures = torch.arange(len(self.lengths), device=self.offsets.device)
+        return pictures.repeat_interleave(self.counts, output_size=self.total)
+
+    @cached_property
+    def padding(self) -> "Padding":
+        """How the rows are laid out as ``(B, longest)``."""
+        slot = torch.arange(self.longest, device=self.offsets.device)
+        # (B, longest): behind a picture's own rows come those of the next, which are not real
+        rows = (self.offsets[:-1, None] + slot).clamp(max=max(0, self.total - 1))
+        real = slot < self.counts[:, None]
+        return Padding(rows, real, rows_of(real.flatten(), self.total))
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Packed rows as a rectangle, one picture a line."""
+
+    rows: Tensor  # (B, longest) int64: the row in each slot
+    real: Tensor  # (B, longest) bool: whether it is one of the picture's own
+    slots: Tensor  # (T,) int64: the slot of each row, flat
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Packed rows ``(T, ...)`` as ``(B, longest, ...)``; slots that are not real hold any."""
+        return x[self.rows]
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Undo :meth:`pad`: ``(B, longest, ...)`` to the packed rows ``(T, ...)``."""
+        return padded.flatten(0, 1)[self.slots]
+
 
 def offsets_of(lengths: Tensor) -> Tensor:
     """Turn ``lengths (B,)`` into ``offsets (B + 1,)``, int64."""
     return torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
-
-
-def picture_of(offsets: Tensor, rows: int) -> Tensor:
-    """Say for each of ``rows`` packed rows which picture it belongs to, ``(rows,)`` int64."""
-    pictures = torch.arange(len(offsets) - 1, device=offsets.device)
-    return pictures.repeat_interleave(offsets.diff(), output_size=rows)
-
-
-def padded_index(offsets: Tensor, longest: int, rows: int) -> Tensor:
-    """Slot of each packed row in a padded ``(B, longest)`` layout, flattened, ``(rows,)``."""
-    picture = picture_of(offsets, rows)
-    return torch.arange(rows, device=offsets.device) - offsets[picture] + picture * longest
-
-
-def pad(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Lay packed rows ``(T, ...)`` out as ``(B, longest, ...)``, zeros behind each picture."""
-    pictures = len(offsets) - 1
-    padded = x.new_zeros(pictures * longest, *x.shape[1:])
-    padded = padded.index_copy(0, padded_index(offsets, longest, len(x)), x)
-    return padded.view(pictures, longest, *x.shape[1:])
-
-
-def unpad(padded: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """Undo :func:`pad`: ``(B, longest, ...)`` to the ``rows`` packed rows ``(T, ...)``."""
-    return padded.flatten(0, 1)[padded_index(offsets, padded.shape[1], rows)]
 
 
 def kept_offsets(keep: Tensor, offsets: Tensor) -> Tensor:
@@ -104,8 +123,8 @@ def rank_within(score: Tensor, group: Tensor) -> Tensor:
     Both are ``(N,)``; ties go to the earlier row. Two stable sorts do for all groups at once.
     """
     by_score = torch.argsort(score, descending=True, stable=True)
-    order = by_score[torch.argsort(group[by_score], stable=True)]
-    ordered = group[order]
+    ordered, places = group[by_score].sort(stable=True)
+    order = by_score[places]
     place = torch.arange(len(order), device=score.device)
     first = torch.searchsorted(ordered, ordered)  # where each row's group begins
     return torch.empty_like(order).index_copy_(0, order, place - first)

@@ -11,6 +11,7 @@ back to the grid is one gather at any depth, whatever was merged, dropped or hal
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Dropped:
     aside: bool = True  # until they have rejoined the others
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedTokens:
     """All live tokens of a batch in one flat tensor, picture after picture.
 
@@ -75,14 +76,14 @@ class PackedTokens:
         """``(B + 1,)`` int64: picture ``b`` has the rows ``offsets[b]:offsets[b + 1]``."""
         return self.segments.offsets
 
-    @property
+    @cached_property
     def is_prefix(self) -> Tensor:
         """Mask ``(T,)`` of CLS and register rows."""
         return self.anchor < 0
 
     def picture(self) -> Tensor:
         """Picture of each row, ``(T,)`` int64."""
-        return ragged.picture_of(self.offsets, len(self.x))
+        return self.segments.picture
 
     def counts(self) -> Tensor:
         """Tokens of each picture, ``(B,)`` int64; prefix rows are none."""
@@ -196,10 +197,11 @@ class PackedTokens:
         """
         if gone.shape != self.anchor.shape:
             raise ValueError(f"{name} must be ({len(self.x)},), got {tuple(gone.shape)}")
-        segments, faults = ragged.kept_segments(~gone, self.offsets, gone & self.is_prefix)
+        keep = ~gone
+        segments, faults = ragged.kept_segments(keep, self.offsets, gone & self.is_prefix)
         if faults:
             raise ValueError(f"{name} holds {faults} prefix rows, which never leave")
-        stay = ragged.rows_of(~gone, segments.total)
+        stay = ragged.rows_of(keep, segments.total)
         leave = ragged.rows_of(gone, len(gone) - segments.total)
         left = replace(
             self,

@@ -1,5 +1,7 @@
 """Position embeddings for any grid."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,11 +24,13 @@ def resampled(maps: Tensor, grid: Grid) -> Tensor:
     return scaled.permute(2, 0, 1)[None].to(maps.dtype)
 
 
+@lru_cache(maxsize=32)
 def _weights(old: int, new: int, device: torch.device) -> Tensor:
     """How resampling mixes ``old`` places into ``new`` ones along an axis, ``(new, old)``.
 
     Of two equal columns, since torch's kernel (2.15, CPU) repeats the first row of a single one.
     """
-    places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
-    mixed: Tensor = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
-    return mixed[0, :, :, 0].t()
+    with torch.inference_mode(False), torch.no_grad():  # kept for later, with gradients or without
+        places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
+        mixed: Tensor = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
+        return mixed[0, :, :, 0].t()

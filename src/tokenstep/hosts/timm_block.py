@@ -18,7 +18,6 @@ from timm.models.vision_transformer import (  # type: ignore[attr-defined]  # li
 )
 from torch import Tensor, nn
 
-from tokenstep.core import ragged
 from tokenstep.core.attention import Attend, biased_width
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.ragged import Segments
@@ -98,7 +97,7 @@ def _drop_path(drop: nn.Module, branch: Tensor, segments: Segments) -> Tensor:
     kept = branch.new_empty(len(segments.lengths)).bernoulli_(keep)
     if drop.scale_by_keep:
         kept = kept / keep
-    return branch * kept[ragged.picture_of(segments.offsets, len(branch))].unsqueeze(1)
+    return branch * kept[segments.picture].unsqueeze(1)
 
 
 # Exact types: a subclass may override forward, and running its parts would be silently wrong.

@@ -25,11 +25,12 @@ class Flow:
 
     embed: Callable[[Stem, Tensor, Superpatches, Tensor | None], Tensor]
     class_maps: Callable[[Segmented], list[SameSize]]
+    whole: bool  # the policy and the exits take all at once; else as much as the caches hold
 
 
 DATAFLOWS: dict[str, Flow] = {
-    "windows": Flow(windows.embed, squares.class_maps),
-    "grid": Flow(grid.embed, grid.class_maps),
+    "windows": Flow(windows.embed, squares.class_maps, whole=False),
+    "grid": Flow(grid.embed, grid.class_maps, whole=True),
 }
 
 

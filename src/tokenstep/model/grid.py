@@ -26,11 +26,11 @@ def embed(stem: Stem, pixels: Tensor, where: Superpatches, seen: Tensor | None) 
 
     ``seen (B, channels, H, W)`` is what the policy made of the pictures, if the tokens get it.
     """
-    levels = min(stem.highest, min(where.grid).bit_length() - 1) + 1
+    levels = min(where.highest, min(where.grid).bit_length() - 1) + 1
     places, count = pyramid_places(where.grid, levels, pixels.device)
     # (n,) each: the place in the pyramid of a picture, and in those of all
-    place = places[where.level, where.row, where.column]
-    row = where.picture * count + place
+    place = places[where.level, where.cell]
+    row = torch.add(place, where.picture, alpha=count)
     maps = [stem.host.embed_grid(stem, canvas) for canvas in _canvases(stem, pixels, where, levels)]
     x = _flat(maps)[row]
     if stem.sub_patches is not None:
@@ -44,7 +44,7 @@ def embed(stem: Stem, pixels: Tensor, where: Superpatches, seen: Tensor | None) 
 
 @lru_cache(maxsize=16)
 def pyramid_places(grid: Grid, levels: int, device: torch.device) -> tuple[Tensor, int]:
-    """Place of the superpatch of each level over each cell, ``(levels, H, W)``, and their number.
+    """Place of the superpatch of each level over each cell, ``(levels, H * W)``; their number.
 
     A pyramid has its levels one after the other, from single patches up, each row by row.
     """
@@ -55,7 +55,7 @@ def pyramid_places(grid: Grid, levels: int, device: torch.device) -> tuple[Tenso
             height, width = grid[0] >> level, grid[1] >> level
             places.append(count + (rows[:, None] >> level) * width + (columns >> level))
             count += height * width
-        return torch.stack(places), count
+        return torch.stack(places).flatten(1), count
 
 
 def _canvases(stem: Stem, pixels: Tensor, where: Superpatches, levels: int) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from tokenstep.model.card import model_card
 from tokenstep.model.collected import collected
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import CostCounter
-from tokenstep.model.dataflow import Dataflow, flow_for
+from tokenstep.model.dataflow import DATAFLOWS, Dataflow, flow_for
 from tokenstep.model.decoder import MaskDecoder
 from tokenstep.model.normalise import Normalise
 from tokenstep.model.renamed import renamed, with_new_keys
@@ -113,17 +113,18 @@ class Segmenter(
         plan = plan_of(spending, self.config.policy.sizes) if partition is None else None
         normal = self.normalise(pictures)
         context = self.tokenise.context is not None
-        looks = policy_features(self.policy, normal) if plan or context else []
-        finite = None
+        flow = flow_for(self.dataflow, self.device)
+        whole = DATAFLOWS[flow].whole
+        looks = policy_features(self.policy, normal, whole=whole) if plan or context else []
+        merges, finite = plan is not None or partition is not None, None
         if partition is None:
             partition, finite = partition_by(self.policy, normal, looks, plan)
         if unmerged is not None:
-            whole = unmerged.view(-1, 1, 1)
-            partition = torch.where(whole, partition.clamp(max=0), partition)
-        flow = flow_for(self.dataflow, self.device)
+            kept = unmerged.view(-1, 1, 1)
+            partition = torch.where(kept, partition.clamp(max=0), partition)
         seen = features_on_grids(self.policy, looks) if context else None
-        tokens = self.tokenise(normal, partition, seen, finite, flow)
-        own = reducers_of(spending, self.exits, self.config.temperatures)
+        tokens = self.tokenise(normal, partition if merges else None, seen, finite, flow)
+        own = reducers_of(spending, self.exits, self.config.temperatures, whole=whole)
         tokens, trace = self.encoder(tokens, [*reducers, *own])
         return Segmented(
             tokens=tokens,

@@ -44,9 +44,11 @@ def plan_of(spending: Spending, sizes: Sequence[int]) -> Plan | None:
 
 
 def reducers_of(
-    spending: Spending, exits: ExitHeads, temperatures: Sequence[float]
+    spending: Spending, exits: ExitHeads, temperatures: Sequence[float], *, whole: bool = False
 ) -> list[Reducer]:
     """The reducers in the order in which they are asked, the one of the exits last.
+
+    ``whole`` is how exits judge, see :class:`tokenstep.reducers.exits.Pruning`.
 
     Raises:
         TokenstepError: a reducer's text names none, or a setting of it is out of range.
@@ -56,8 +58,10 @@ def reducers_of(
     for text in spending.reducers:
         named = reducer_of(text)
         # What exits have learned lies in the model, under their name.
-        found.append(named.with_parts(exits, temperatures) if isinstance(named, Exits) else named)
-    return [*found, *pruning_of(spending, exits, temperatures)]
+        if isinstance(named, Exits):
+            named = named.with_parts(exits, temperatures, whole=whole)
+        found.append(named)
+    return [*found, *pruning_of(spending, exits, temperatures, whole=whole)]
 
 
 def require_reducers(spendings: Iterable[Spending], exits: ExitHeads, depth: int) -> None:
@@ -82,17 +86,18 @@ def require_reducers(spendings: Iterable[Spending], exits: ExitHeads, depth: int
 
 
 def pruning_of(
-    spending: Spending, exits: ExitHeads, temperatures: Sequence[float]
+    spending: Spending, exits: ExitHeads, temperatures: Sequence[float], *, whole: bool = False
 ) -> list[Pruning]:
     """The reducer that halts tokens at the exits; none where they are off."""
     spare = spending.spare
     if isinstance(spending, Budget):
         if not any(spending.exits.values()):
             return []
-        return [BudgetPruning(exits, spending.exits, spare, temperatures=temperatures)]
+        budget = BudgetPruning(exits, spending.exits, spare, temperatures=temperatures, whole=whole)
+        return [budget]
     if not spending.exits:
         return []
-    return [EarlyPruning(exits, spending.exits, spare, temperatures=temperatures)]
+    return [EarlyPruning(exits, spending.exits, spare, temperatures=temperatures, whole=whole)]
 
 
 def as_keyword(spending: Spending) -> dict[str, Any]:

@@ -14,9 +14,9 @@ class Superpatches:
     """Superpatches of pictures of one size, in their order: picture after picture, rows first."""
 
     picture: Tensor  # (n,) int64, of the stack
-    row: Tensor  # (n,) int64 of the top left cell
-    column: Tensor  # (n,) int64 of the same
+    cell: Tensor  # (n,) int64, the top left one, flat on the picture's grid
     level: Tensor  # (n,) int64: the side is 2 ** level patches
+    highest: int  # level that any of them may have
     grid: Grid  # (H, W) patches of each picture
 
 
@@ -27,7 +27,6 @@ class Stem(Protocol):
     patch: int
     margin: int
     edge: int  # pixels around a canvas, at least the margin
-    highest: int  # the largest superpatch has the side 2 ** highest
 
     @property
     def sub_patches(self) -> nn.Module | None:

@@ -6,17 +6,18 @@ embedded is the dataflow's business: :mod:`tokenstep.model.dataflow`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenstep.core.partition import grid_of, level_of, uniform
+from tokenstep.core.partition import Grid, grid_of, level_of, uniform
 from tokenstep.core.ragged import Segments, offsets_of, rows_of
 from tokenstep.core.same_size import SameSize, sizes_of
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import Host
-from tokenstep.model.dataflow import DATAFLOWS
+from tokenstep.model.dataflow import DATAFLOWS, Flow
 from tokenstep.model.superpatches import Superpatches
 from tokenstep.policies.batch import require_finite
 
@@ -64,12 +65,12 @@ class Tokeniser(nn.Module):
     def forward(
         self,
         groups: Sequence[SameSize],
-        level: Tensor,
+        level: Tensor | None,
         context: Sequence[Tensor] | None = None,
         finite: Tensor | None = None,
         flow: str = "windows",
     ) -> PackedTokens:
-        """Tokens of normalised pictures under ``level (B, H, W)``.
+        """Tokens of normalised pictures under ``level (B, H, W)``; None where nothing merges.
 
         ``context`` is what the policy saw, ``(n, channels, H, W)`` of each group, for a model that
         uses it; ``finite``, ``()`` bool, says whether the scores that made ``level`` are.
@@ -81,48 +82,59 @@ class Tokeniser(nn.Module):
         """
         if (context is None) != (self.context is None):
             raise ValueError("context must be given just where the model uses policy features")
-        owner, prefix = owners(level), self.prefix_count
+        grids = [grid_of(size, self.patch) for size in sizes_of(groups)]
+        merges, prefix = level is not None, self.prefix_count
+        level = uniform(grids, groups[0].pixels.device) if level is None else level
+        level = level.long()
+        owner = owners(level)
+        cells = torch.arange(owner.numel(), device=owner.device).view_as(owner)
         # (B, prefix + H * W): whether a prefix row or a cell has a token of its own
-        first = owner.flatten(1) == torch.arange(owner.numel(), device=owner.device).view(
-            len(owner), -1
-        )
-        speaks = nn.functional.pad(first, (prefix, 0), value=True)
-        segments = self._segments(speaks, groups, level, finite)
-        index = rows_of(speaks.flatten(), segments.total)
-        # (T,) each: the picture, and its cell or, below 0, its prefix row
-        picture, cell = index // speaks.shape[1], index % speaks.shape[1] - prefix
+        speaks = nn.functional.pad((owner == cells).flatten(1), (prefix, 0), value=True)
+        counts = speaks.sum(1)
+        lengths = [prefix + height * width for height, width in grids]
+        if merges:
+            lengths = self._lengths(counts, grids, level, finite)
+        segments = Segments(offsets_of(counts), tuple(lengths))
+        index, picture = rows_of(speaks.flatten(), segments.total), segments.picture
+        # (T,) each: the cell of a row in its picture, below 0 that of a prefix row
+        cell = torch.add(index - prefix, picture, alpha=-speaks.shape[1])
         is_prefix = cell < 0
-        anchor = torch.where(is_prefix, -1, index - (picture + 1) * prefix)
-        rank = level.flatten()[anchor].long()  # of a prefix row what the last cell has
-        width = level.shape[2]
-        tokens = [length - prefix for length in segments.lengths]
-        speaker = torch.where(is_prefix, -1, picture)
-        # The rows of a table, prefix rows first, and of it the one that each token gets.
-        table, source = [self.host.prefix_rows(self)] if prefix else [], cell + prefix
-        begin = prefix
-        for number, group in enumerate(groups):
-            rows, stack = _rows_of(group.places, speaker, tokens)
-            own, grid = cell[rows], grid_of(group.size, self.patch)
-            where = Superpatches(stack, own // width, own % width, rank[rows], grid)
-            seen = None if context is None else context[number]
-            table.append(DATAFLOWS[flow].embed(self, group.pixels, where, seen))
-            source[rows] = torch.arange(begin, begin + len(rows), device=rows.device)
-            begin += len(rows)
-        x = torch.cat([part.to(table[-1].dtype) for part in table])[source]
+        anchor = torch.where(is_prefix, -1, torch.add(cell, picture, alpha=owner[0].numel()))
+        rank = level.flatten()[anchor]  # of a prefix row what the last cell has
+        speaker, highest = torch.where(is_prefix, -1, picture), self.highest if merges else 0
+        rows = _Rows(segments, speaker, cell, rank, level.shape[2], highest)
         return PackedTokens(
-            x=self.host.enter(self, x),
+            x=self.host.enter(self, self._features(rows, groups, context, DATAFLOWS[flow])),
             segments=segments,
             size=torch.where(is_prefix, 1, 1 << 2 * rank),
             anchor=anchor,
             owner=owner,
         )
 
-    def _segments(
-        self, speaks: Tensor, groups: Sequence[SameSize], level: Tensor, finite: Tensor | None
-    ) -> Segments:
-        """Where each picture's rows will lie; one trip to the host brings back any fault too."""
-        counts = speaks.sum(1)
-        grids = [grid_of(size, self.patch) for size in sizes_of(groups)]
+    def _features(
+        self,
+        rows: "_Rows",
+        groups: Sequence[SameSize],
+        context: Sequence[Tensor] | None,
+        flow: Flow,
+    ) -> Tensor:
+        """Features ``(T, D)`` of all rows, before the first block."""
+        prefix = self.prefix_count
+        table = [self.host.prefix_rows(self)] if prefix else []
+        source = rows.cell + prefix  # where a row's features are: those of prefix rows come first
+        begin = prefix
+        for number, group in enumerate(groups):
+            own, where = rows.of(group.places, prefix, grid_of(group.size, self.patch))
+            seen = None if context is None else context[number]
+            table.append(flow.embed(self, group.pixels, where, seen))
+            source[own] = torch.arange(begin, begin + len(own), device=own.device)
+            begin += len(own)
+        return torch.cat([part.to(table[-1].dtype) for part in table])[source]
+
+    def _lengths(
+        self, counts: Tensor, grids: Sequence[Grid], level: Tensor, finite: Tensor | None
+    ) -> list[int]:
+        """Rows of each picture; the trip to the host that they take brings back any fault too."""
         fault = ValueError(
             f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches, or has "
             f"larger superpatches than {1 << self.highest} patches a side"
@@ -134,36 +146,47 @@ class Tokeniser(nn.Module):
             wrong = (((level >= 0) != inside) | (level > self.highest)).any()
         else:
             wrong = ~finite
+        lengths: list[int]
         *lengths, faults = torch.cat([counts, wrong.unsqueeze(0)]).tolist()
         require_finite(finite is None or not faults)
         if faults:
             raise fault
-        return Segments(offsets_of(counts), tuple(lengths))
+        return lengths
 
 
-def _rows_of(
-    places: Sequence[int], picture: Tensor, counts: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Rows of the tokens of some pictures, ``(n,)``, and which of these each belongs to.
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a batch before they have features, ``(T,)`` int64 each."""
 
-    ``picture (T,)`` is that of each row, -1 of a prefix row; ``counts`` are the pictures' tokens.
-    """
-    if len(places) < len(counts):
-        number = picture.new_full((len(counts) + 1,), -1)  # the last place is that of -1
-        number[torch.tensor(places, device=picture.device)] = torch.arange(
-            len(places), device=picture.device
-        )
-        picture = number[picture]
-    rows = rows_of(picture >= 0, sum(counts[place] for place in places))
-    return rows, picture[rows]
+    segments: Segments
+    picture: Tensor  # -1 for a prefix row
+    cell: Tensor  # in the picture, on the grid of the batch
+    level: Tensor
+    width: int  # of that grid
+    highest: int  # level that any of them may have
+
+    def of(self, places: Sequence[int], prefix: int, grid: Grid) -> tuple[Tensor, Superpatches]:
+        """Rows ``(n,)`` of the superpatches of the pictures at ``places``, all of one ``grid``."""
+        lengths, picture = self.segments.lengths, self.picture
+        if len(places) < len(lengths):
+            number = picture.new_full((len(lengths) + 1,), -1)  # the last place is that of -1
+            number[torch.tensor(places, device=picture.device)] = torch.arange(
+                len(places), device=picture.device
+            )
+            picture = number[picture]
+        rows = rows_of(picture >= 0, sum(lengths[place] - prefix for place in places))
+        cell = self.cell[rows]
+        if grid[1] < self.width:
+            cell = cell // self.width * grid[1] + cell % self.width
+        return rows, Superpatches(picture[rows], cell, self.level[rows], self.highest, grid)
 
 
 def owners(level: Tensor) -> Tensor:
     """Anchor of each cell of a partition ``level (B, H, W)``: the top left cell, -1 outside."""
     batch, height, width = level.shape
-    side = 1 << level.clamp(min=0).long()
     rows = torch.arange(height, device=level.device).view(1, -1, 1)
     columns = torch.arange(width, device=level.device).view(1, 1, -1)
-    pictures = torch.arange(batch, device=level.device).view(-1, 1, 1)
-    top, left = rows & -side, columns & -side
-    return torch.where(level < 0, -1, (pictures * height + top) * width + left)
+    begin = torch.arange(0, batch * height * width, height * width, device=level.device)
+    mask = -1 << level.clamp(min=0).long()  # of the bits that count superpatches of that side
+    first = torch.add(columns & mask, rows & mask, alpha=width) + begin.view(-1, 1, 1)
+    return torch.where(level < 0, -1, first)

@@ -48,8 +48,8 @@ def _by_level(
             positions = None if positions is None else halved(positions)
         reached = level
         rows = (where.level == level).nonzero().squeeze(1)
-        picture, row, column = (index[rows] for index in (where.picture, where.row, where.column))
-        place = (picture, row >> level, column >> level)
+        cell = where.cell[rows]
+        place = (where.picture[rows], cell // width >> level, cell % width >> level)
         x = _embedded(stem, _windows(stem, scaled), place)
         if stem.sub_patches is not None and level > 0:
             x = x + stem.sub_patches(_sub_patch_mean(stem, canvas, 1 << level, place))

@@ -20,16 +20,19 @@ Looks = list[Seen]  # what the policy made of pictures of one size, some of them
 
 
 @torch.no_grad()
-def policy_features(policy: Policy, groups: Sequence[SameSize]) -> list[Looks]:
+def policy_features(
+    policy: Policy, groups: Sequence[SameSize], *, whole: bool = False
+) -> list[Looks]:
     """Run the CNN on normalised pictures, group by group.
 
-    On a CPU large ones go one by one: together, what the CNN makes of them leaves the caches.
+    Large ones go one by one: together, what the CNN makes of them leaves a CPU's caches. ``whole``
+    groups go together, as a GPU wants them.
     """
     looks = []
     for group in groups:
         height, width = group.size
         count = len(group.pixels)
-        if group.pixels.device.type == "cpu":
+        if not whole:
             count = max(1, CPU_PIXELS // (height * width))
         looks.append([policy.features(images) for images in torch.split(group.pixels, count)])
     return looks

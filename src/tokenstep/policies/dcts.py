@@ -4,7 +4,7 @@ STEP (arXiv 2509.14165) merges 2x2 to 16x16 patches where a light CNN is sure th
 class; the trunk, pyramid and heads here are ours (CTS, CVPR 2023, used EfficientNet-Lite0).
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -20,6 +20,7 @@ from tokenstep.data.pretrained import Published, WeightFile, load_into
 from tokenstep.errors import TokenstepError
 from tokenstep.policies.base import Policy
 from tokenstep.policies.cnn_cost import Growth, count_at, growth_of
+from tokenstep.policies.folded import folded, state_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
 
@@ -56,6 +57,7 @@ class DCTS(Policy):
         self.smooth = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
+        self._folded: tuple[Hashable, DCTS] | None = None
         # Homogeneity is "no boundary anywhere inside": the maximum finds one, the mean weighs it.
         self.heads = nn.ModuleList(nn.Conv2d(2 * width, 1, 1) for _ in config.sizes)
 
@@ -68,6 +70,20 @@ class DCTS(Policy):
 
     def features(self, images: Tensor) -> PolicyFeatures:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
+        trained = self.training or torch.is_grad_enabled()
+        return (self if trained else self._in_use()).look(images)
+
+    def _in_use(self) -> "DCTS":
+        """The same without batch norms, made anew whenever a weight or a hook has changed."""
+        state = state_of(self)
+        if self._folded is None or self._folded[0] != state:
+            self._folded = None  # not copied along
+            stride = next(self.parameters()).new_zeros(1, 3, STRIDE, STRIDE)
+            self._folded = (state, folded(self, lambda copied: copied.look(stride)))
+        return self._folded[1]
+
+    def look(self, images: Tensor) -> PolicyFeatures:
+        """:meth:`features` by these very modules, norms and all."""
         grid = grid_of(images.shape[2:], self.patch)
         whole = self.whole(grid)
         read = self.read(images, whole)

@@ -23,8 +23,9 @@ class BudgetPruning(Pruning):
         spare: int,
         *,
         temperatures: Sequence[float] = (),
+        whole: bool = False,
     ) -> None:
-        super().__init__(exits, spare, temperatures)
+        super().__init__(exits, spare, temperatures, whole=whole)
         self.shares = dict(shares)
 
     def done(
@@ -32,7 +33,7 @@ class BudgetPruning(Pruning):
     ) -> Tensor:
         """Mask ``(T,)`` of the rows that halt at exit ``index``."""
         judged = ~tokens.is_prefix
-        spared = self.spared(tokens, confidence, predicted, judged)
+        spared = judged & (self.rank(tokens, confidence, predicted, judged) < self.spare)
         # Confidences are 0 to 1, so what is spared comes behind all others.
         rank = tokens.ranked(confidence - 2.0 * spared)
         patches = (tokens.owner >= 0).flatten(1).sum(1)

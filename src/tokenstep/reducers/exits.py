@@ -27,13 +27,17 @@ class Pruning(ABC):
     """Halts tokens at the exits; which ones, :meth:`done` says.
 
     ``spare`` is how many of the surest tokens of each predicted class stay in each picture as
-    context. ``temperatures`` (one per exit, or none) make the confidence honest.
+    context. ``temperatures`` (one per exit, or none) make the confidence honest. ``whole`` judges
+    all rows at once, as a GPU wants it, instead of as many as a CPU's caches hold.
     """
 
     site: Site = "block"
 
-    def __init__(self, exits: ExitHeads, spare: int, temperatures: Sequence[float]) -> None:
+    def __init__(
+        self, exits: ExitHeads, spare: int, temperatures: Sequence[float], *, whole: bool
+    ) -> None:
         self.exits = exits
+        self.whole = whole
         self.spare = spare
         self.temperatures = tuple(temperatures) or (1.0,) * len(exits.after)
 
@@ -63,8 +67,10 @@ class Pruning(ABC):
         """
         found = [
             confidence_of(self.exits(rows, index) / self.temperatures[index])
-            for rows in torch.split(x, BAND_ROWS)
+            for rows in torch.split(x, max(1, len(x)) if self.whole else BAND_ROWS)
         ]
+        if len(found) == 1:
+            return found[0]
         confidence, predicted = zip(*found, strict=True)
         return torch.cat(confidence), torch.cat(predicted)
 
@@ -73,14 +79,17 @@ class Pruning(ABC):
         head = self.exits.heads[self.exits.after.index(turn.block)]
         return linear_macs(head) * (2 * turn.before - turn.after)
 
-    def spared(
+    def rank(
         self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, passed: Tensor
     ) -> Tensor:
-        """Mask ``(T,)`` of the ``spare`` surest passing tokens of each class in each picture."""
+        """How many passing tokens of its picture and class are surer than each that passes.
+
+        ``(T,)`` int64; those of a rank below ``spare`` stay as context.
+        """
         classes = self.exits.classes
         # Rows that did not pass form a group of their own behind every picture's classes.
         group = tokens.picture() * (classes + 1) + torch.where(passed, predicted, classes)
-        return passed & (ragged.rank_within(confidence, group) < self.spare)
+        return ragged.rank_within(confidence, group)
 
 
 class EarlyPruning(Pruning):
@@ -99,8 +108,9 @@ class EarlyPruning(Pruning):
         spare: int,
         *,
         temperatures: Sequence[float] = (),
+        whole: bool = False,
     ) -> None:
-        super().__init__(exits, spare, temperatures)
+        super().__init__(exits, spare, temperatures, whole=whole)
         if len(thresholds) != len(exits.after):
             raise ValueError(
                 f"one threshold per exit: the model has exits after blocks {exits.after}, "
@@ -113,8 +123,8 @@ class EarlyPruning(Pruning):
     ) -> Tensor:
         """Mask ``(T,)`` of the rows that halt at exit ``index``."""
         # "not below" rather than "above": NaN halts, so that it is found in the final logits.
-        passed = ~(confidence <= self.thresholds[index]) & ~tokens.is_prefix
-        return passed & ~self.spared(tokens, confidence, predicted, passed)
+        passed = ~((confidence <= self.thresholds[index]) | tokens.is_prefix)
+        return passed & (self.rank(tokens, confidence, predicted, passed) >= self.spare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +144,14 @@ class Exits:
         if not (all(0 <= threshold <= 1 for threshold in self.thresholds) and self.spare >= 0):
             raise TokenstepError(f"thresholds are 0 to 1 and spare 0 or more, got {self}")
 
-    def with_parts(self, exits: ExitHeads, temperatures: Sequence[float]) -> EarlyPruning:
+    def with_parts(
+        self, exits: ExitHeads, temperatures: Sequence[float], *, whole: bool
+    ) -> EarlyPruning:
         """The reducer of a model's exits.
 
         Raises:
             ValueError: there is not one threshold per exit.
         """
-        return EarlyPruning(exits, self.thresholds, self.spare, temperatures=temperatures)
+        return EarlyPruning(
+            exits, self.thresholds, self.spare, temperatures=temperatures, whole=whole
+        )
