@@ -57,6 +57,8 @@ def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedToken
         size=torch.ones_like(anchor),
         anchor=anchor,
         owner=owner,
+        prefix=prefix,
+        cells=tuple(height * width for height, width in grids),
     )
 
 

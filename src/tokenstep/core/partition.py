@@ -157,6 +157,12 @@ def by_share(
     return level
 
 
+def tokens_of(shares: Mapping[int, float], grid: Grid) -> int:
+    """Tokens that :func:`by_share` leaves of a grid."""
+    counts = superpatch_counts(shares, grid)
+    return grid[0] * grid[1] - sum(count * (size**2 - 1) for size, count in counts.items())
+
+
 def superpatch_counts(shares: Mapping[int, float], grid: Grid) -> dict[int, int]:
     """How many superpatches of each size cover ``shares`` of a grid, as near as there is room.
 

@@ -54,6 +54,8 @@ class PackedTokens:
     size: Tensor  # (T,) int64, grid cells that the row speaks for; 1 for a prefix row
     anchor: Tensor  # (T,) int64, flat index of the cell that names the row; -1 for a prefix row
     owner: Tensor  # (B, H, W) int64, anchor of the token that speaks for the cell; -1 outside
+    prefix: int  # prefix rows of each picture
+    cells: tuple[int, ...]  # grid cells of each picture
     halted: Halted | None = None
     dropped: Dropped | None = None
 
@@ -87,7 +89,7 @@ class PackedTokens:
 
     def counts(self) -> Tensor:
         """Tokens of each picture, ``(B,)`` int64; prefix rows are none."""
-        return ragged.kept_offsets(~self.is_prefix, self.offsets).diff()
+        return self.segments.counts - self.prefix
 
     def ranked(self, score: Tensor) -> Tensor:
         """Rank each token by falling ``score (T,)`` in its picture, ``(T,)`` int64, 0 = highest.
@@ -146,18 +148,23 @@ class PackedTokens:
         )
 
     def halt(
-        self, done: Tensor, classify: Callable[[Tensor], Tensor], layer: int
+        self,
+        done: Tensor,
+        classify: Callable[[Tensor], Tensor],
+        layer: int,
+        counts: tuple[int, ...] | None = None,
     ) -> "PackedTokens":
         """Take the rows of the mask ``done (T,)`` out of the sequence with their final logits.
 
         ``classify`` makes the logits ``(A, S, C)`` of the features ``(A, D)`` of those that leave;
-        ``layer`` is the number of blocks run.
+        ``layer`` is the number of blocks run. ``counts`` says how many leave of each picture, if
+        that is known beforehand: then no trip to the host is made, and nothing is checked.
 
         Raises:
             ValueError: ``done`` has another length than the rows, or the logits than those that
                 leave; or a prefix row would halt.
         """
-        leave, left = self._cut(done, "done")
+        leave, left = self._cut(done, "done", counts)
         logits = classify(self.x[leave])
         if len(logits) != len(leave):
             raise ValueError(f"{len(leave)} rows halt but logits are given for {len(logits)}")
@@ -190,7 +197,9 @@ class PackedTokens:
             taken = old.segments.plus(taken)
         return replace(left, dropped=Dropped(x, size, anchor, block, taken))
 
-    def _cut(self, gone: Tensor, name: str) -> tuple[Tensor, "PackedTokens"]:
+    def _cut(
+        self, gone: Tensor, name: str, counts: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, "PackedTokens"]:
         """Rows ``(A,)`` of the mask ``gone (T,)``, and the tokens without them.
 
         The cells of those that leave have no live speaker then.
@@ -198,19 +207,23 @@ class PackedTokens:
         if gone.shape != self.anchor.shape:
             raise ValueError(f"{name} must be ({len(self.x)},), got {tuple(gone.shape)}")
         keep = ~gone
-        segments, faults = ragged.kept_segments(keep, self.offsets, gone & self.is_prefix)
-        if faults:
-            raise ValueError(f"{name} holds {faults} prefix rows, which never leave")
+        if counts is not None:
+            left = (own - less for own, less in zip(self.segments.lengths, counts, strict=True))
+            segments = Segments(ragged.kept_offsets(keep, self.offsets), tuple(left))
+        else:
+            segments, faults = ragged.kept_segments(keep, self.offsets, gone & self.is_prefix)
+            if faults:
+                raise ValueError(f"{name} holds {faults} prefix rows, which never leave")
         stay = ragged.rows_of(keep, segments.total)
         leave = ragged.rows_of(gone, len(gone) - segments.total)
-        left = replace(
+        rest = replace(
             self,
             x=self.x[stay],
             segments=segments,
             size=self.size[stay],
             anchor=self.anchor[stay],
         )
-        return leave, left
+        return leave, rest
 
     def rejoined(self) -> "PackedTokens":
         """Bring dropped tokens back as live rows, each behind the others of its picture.

@@ -31,7 +31,7 @@ def collected(segmented: Segmented) -> tuple[list[NDArray[np.uint8]], CellMaps]:
             *(stack.pixels for stack in stacks),
         ]
     )
-    require_finite(bool(finite))
+    require_finite(segmented, bool(finite))
     found = {
         place: np.ascontiguousarray(one)
         for stack, maps in zip(stacks, labels, strict=True)

@@ -85,4 +85,6 @@ class MaskDecoder(nn.Module):
             size=torch.ones_like(anchor).index_copy(0, place, tokens.size),
             anchor=anchor.index_copy(0, place, tokens.anchor),
             owner=tokens.owner,
+            prefix=tokens.prefix + self.classes,
+            cells=tokens.cells,
         )

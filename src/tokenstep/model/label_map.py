@@ -7,6 +7,7 @@ from tokenstep.core.same_size import SameSize
 from tokenstep.errors import TokenstepError
 from tokenstep.model.dataflow import DATAFLOWS
 from tokenstep.model.segmented import Segmented
+from tokenstep.policies import batch as policies
 
 
 def label_maps(segmented: Segmented) -> list[Tensor]:
@@ -15,7 +16,7 @@ def label_maps(segmented: Segmented) -> list[Tensor]:
     Raises:
         TokenstepError: the logits are not finite.
     """
-    require_finite(bool(are_finite(segmented)))
+    require_finite(segmented, bool(are_finite(segmented)))
     found = {
         place: labels
         for stack in class_maps(segmented)
@@ -30,19 +31,22 @@ def class_maps(segmented: Segmented) -> list[SameSize]:
 
 
 def are_finite(segmented: Segmented) -> Tensor:
-    """Whether all logits are, as ``()`` bool where they lie."""
+    """Whether all logits are, and scores that nobody looked at, as ``()`` bool where they lie."""
     # One NaN or infinity makes the sum one; a mask of all logits would cost memory.
     sums = [part.sum(dtype=torch.float64) for part in segmented.values]
-    return torch.stack(sums).isfinite().all()
+    finite = torch.stack(sums).isfinite().all()
+    return finite if segmented.finite is None else finite & segmented.finite
 
 
-def require_finite(finite: bool) -> None:
-    """Refuse logits that are not.
+def require_finite(segmented: Segmented, finite: bool) -> None:
+    """Refuse logits and scores that are not.
 
     Raises:
         TokenstepError: says what to do.
     """
     if not finite:
+        if segmented.finite is not None:
+            policies.require_finite(bool(segmented.finite))
         raise TokenstepError(
             "the model produced NaN or infinite logits: run it in fp32, or check its weights"
         )

@@ -28,6 +28,7 @@ class Segmented:
     prefix: int  # CLS and register rows of each picture
     scored: bool  # whether the policy's scores made the partition
     flow: str  # the dataflow that it came by
+    finite: Tensor | None  # () bool, whether the policy's scores are, where nobody looked yet
 
     def grid(self, index: int) -> Grid:
         """Patch grid (H, W) of picture ``index``."""

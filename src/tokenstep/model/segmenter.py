@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenstep.config import Budget, Spending, Thresholds
 from tokenstep.core.attention import Backend
+from tokenstep.core.partition import grid_of, tokens_of
 from tokenstep.core.same_size import sizes_of
 from tokenstep.data.pictures import Picture, picture_tensor
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
@@ -123,7 +124,19 @@ class Segmenter(
             kept = unmerged.view(-1, 1, 1)
             partition = torch.where(kept, partition.clamp(max=0), partition)
         seen = features_on_grids(self.policy, looks) if context else None
-        tokens = self.tokenise(normal, partition if merges else None, seen, finite, flow)
+        counts = None
+        if isinstance(spending, Budget) and plan is not None and unmerged is None:
+            # Known beforehand: neither the partition nor an exit waits for the host.
+            grids = [grid_of(size, self.patch) for size in sizes_of(normal)]
+            counts = [tokens_of(spending.merge, grid) for grid in grids]
+        tokens = self.tokenise(
+            normal,
+            partition if merges else None,
+            seen,
+            finite=finite,
+            counts=counts,
+            flow=flow,
+        )
         own = reducers_of(spending, self.exits, self.config.temperatures, whole=whole)
         tokens, trace = self.encoder(tokens, [*reducers, *own])
         return Segmented(
@@ -136,6 +149,7 @@ class Segmenter(
             prefix=self.tokenise.prefix_count,
             scored=plan is not None,
             flow=flow,
+            finite=None if counts is None else finite,
         )
 
     def partition(self, pictures: Sequence[Tensor], spending: Spending) -> Tensor:

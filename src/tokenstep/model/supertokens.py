@@ -68,12 +68,15 @@ class Tokeniser(nn.Module):
         level: Tensor | None,
         context: Sequence[Tensor] | None = None,
         finite: Tensor | None = None,
+        counts: Sequence[int] | None = None,
         flow: str = "windows",
     ) -> PackedTokens:
         """Tokens of normalised pictures under ``level (B, H, W)``; None where nothing merges.
 
         ``context`` is what the policy saw, ``(n, channels, H, W)`` of each group, for a model that
         uses it; ``finite``, ``()`` bool, says whether the scores that made ``level`` are.
+        ``counts`` are the tokens of each picture, if they are known without looking: then no trip
+        to the host is made, and neither ``finite`` nor ``level`` is checked.
 
         Raises:
             ValueError: ``level`` does not cover just the pictures' cells or has larger
@@ -90,11 +93,14 @@ class Tokeniser(nn.Module):
         cells = torch.arange(owner.numel(), device=owner.device).view_as(owner)
         # (B, prefix + H * W): whether a prefix row or a cell has a token of its own
         speaks = nn.functional.pad((owner == cells).flatten(1), (prefix, 0), value=True)
-        counts = speaks.sum(1)
-        lengths = [prefix + height * width for height, width in grids]
-        if merges:
-            lengths = self._lengths(counts, grids, level, finite)
-        segments = Segments(offsets_of(counts), tuple(lengths))
+        rows = speaks.sum(1)
+        if not merges:
+            counts = [height * width for height, width in grids]
+        if counts is None:
+            lengths = self._lengths(rows, grids, level, finite)
+        else:
+            lengths = [prefix + count for count in counts]
+        segments = Segments(offsets_of(rows), tuple(lengths))
         index, picture = rows_of(speaks.flatten(), segments.total), segments.picture
         # (T,) each: the cell of a row in its picture, below 0 that of a prefix row
         cell = torch.add(index - prefix, picture, alpha=-speaks.shape[1])
@@ -102,13 +108,15 @@ class Tokeniser(nn.Module):
         anchor = torch.where(is_prefix, -1, torch.add(cell, picture, alpha=owner[0].numel()))
         rank = level.flatten()[anchor]  # of a prefix row what the last cell has
         speaker, highest = torch.where(is_prefix, -1, picture), self.highest if merges else 0
-        rows = _Rows(segments, speaker, cell, rank, level.shape[2], highest)
+        every = _Rows(segments, speaker, cell, rank, level.shape[2], highest)
         return PackedTokens(
-            x=self.host.enter(self, self._features(rows, groups, context, DATAFLOWS[flow])),
+            x=self.host.enter(self, self._features(every, groups, context, DATAFLOWS[flow])),
             segments=segments,
             size=torch.where(is_prefix, 1, 1 << 2 * rank),
             anchor=anchor,
             owner=owner,
+            prefix=prefix,
+            cells=tuple(height * width for height, width in grids),
         )
 
     def _features(

@@ -29,6 +29,10 @@ class Policy(nn.Module, ABC):
     def features(self, images: Tensor) -> Seen:
         """Look at ``images (B, 3, h, w)``, normalised; each picture on its own."""
 
+    def for_use(self) -> "Policy":
+        """The same for inference alone, as lean as it gets: itself, if it is that already."""
+        return self
+
     @abstractmethod
     def score(self, features: Any) -> list[Tensor]:
         """Logits ``(B, H // s, W // s)`` of superpatches, one map for each size of the config."""

@@ -57,6 +57,7 @@ class DCTS(Policy):
         self.smooth = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
+        self.is_folded = False
         self._folded: tuple[Hashable, DCTS] | None = None
         # Homogeneity is "no boundary anywhere inside": the maximum finds one, the mean weighs it.
         self.heads = nn.ModuleList(nn.Conv2d(2 * width, 1, 1) for _ in config.sizes)
@@ -70,16 +71,20 @@ class DCTS(Policy):
 
     def features(self, images: Tensor) -> PolicyFeatures:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
-        trained = self.training or torch.is_grad_enabled()
-        return (self if trained else self._in_use()).look(images)
+        plain = self.is_folded or self.training or torch.is_grad_enabled()
+        return (self if plain else self.for_use()).look(images)
 
-    def _in_use(self) -> "DCTS":
+    def for_use(self) -> "DCTS":
         """The same without batch norms, made anew whenever a weight or a hook has changed."""
+        if self.is_folded:
+            return self
         state = state_of(self)
         if self._folded is None or self._folded[0] != state:
             self._folded = None  # not copied along
             stride = next(self.parameters()).new_zeros(1, 3, STRIDE, STRIDE)
-            self._folded = (state, folded(self, lambda copied: copied.look(stride)))
+            lean = folded(self, lambda copied: copied.look(stride))
+            lean.is_folded = True
+            self._folded = (state, lean)
         return self._folded[1]
 
     def look(self, images: Tensor) -> PolicyFeatures:

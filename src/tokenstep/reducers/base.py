@@ -38,11 +38,13 @@ class Drop:
 class Halt:
     """Decision to halt: mask ``done (T,)`` of rows that leave with their final logits.
 
-    ``classify`` makes the logits ``(A, S, C)`` of their features ``(A, D)``.
+    ``classify`` makes the logits ``(A, S, C)`` of their features ``(A, D)``. ``counts`` says how
+    many rows of each picture these are, where that is known without looking.
     """
 
     done: Tensor
     classify: Callable[[Tensor], Tensor]
+    counts: tuple[int, ...] | None = None
 
 
 Decision = Merge | Drop | Halt
@@ -90,8 +92,8 @@ def apply(decision: Decision | None, tokens: PackedTokens, block: int) -> Packed
             return tokens.merge(into, weight)
         case Drop(gone):
             return tokens.drop(gone, block)
-        case Halt(done, classify):
-            return tokens.halt(done, classify, block)
+        case Halt(done, classify, counts):
+            return tokens.halt(done, classify, block, counts)
         case None:
             return tokens
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from tokenstep.core.tokens import PackedTokens
@@ -36,6 +37,15 @@ class BudgetPruning(Pruning):
         spared = judged & (self.rank(tokens, confidence, predicted, judged) < self.spare)
         # Confidences are 0 to 1, so what is spared comes behind all others.
         rank = tokens.ranked(confidence - 2.0 * spared)
-        patches = (tokens.owner >= 0).flatten(1).sum(1)
-        count = (patches.double() * self.shares.get(self.exits.after[index], 0.0)).round().long()
+        counts = self.counts(tokens, index)
+        if len(set(counts)) == 1:
+            return judged & (rank < counts[0])
+        count = torch.tensor(counts, device=rank.device)
         return judged & (rank < count[tokens.picture()])
+
+    def counts(self, tokens: PackedTokens, index: int) -> tuple[int, ...]:
+        """The share of each picture's grid, or all that is left."""
+        share = self.shares.get(self.exits.after[index], 0.0)
+        live = (length - tokens.prefix for length in tokens.segments.lengths)
+        pairs = zip(tokens.cells, live, strict=True)
+        return tuple(min(round(cells * share), left) for cells, left in pairs)

@@ -50,13 +50,17 @@ class Pruning(ABC):
         index = self.exits.after.index(block)
         confidence, predicted = self.judged(tokens.x, index)
         done = self.done(tokens, confidence, predicted, index)
-        return Halt(done, partial(self.exits, exit_index=index))
+        return Halt(done, partial(self.exits, exit_index=index), self.counts(tokens, index))
 
     @abstractmethod
     def done(
         self, tokens: PackedTokens, confidence: Tensor, predicted: Tensor, index: int
     ) -> Tensor:
         """Mask ``(T,)`` of the rows that halt at exit ``index``."""
+
+    def counts(self, tokens: PackedTokens, index: int) -> tuple[int, ...] | None:
+        """How many tokens of each picture halt at exit ``index``, if it does not depend on them."""
+        return None
 
     @torch.no_grad()
     def judged(self, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
