@@ -97,6 +97,8 @@ class Budget:
         return hash((*self.merge.items(), *self.exits.items(), self.spare, self.reducers))
 
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # of weights and of all but what needs more
+
 Spending = Thresholds | Budget  # how much to save: judged in each picture, or equal for all
 
 

@@ -19,6 +19,7 @@ from tokenstep.cli import main
 from tokenstep.cli.tables import benched
 from tokenstep.config import DENSE, Thresholds
 from tokenstep.errors import TokenstepError
+from tokenstep.measure.backbone import budget_like, halting, with_backbone
 from tokenstep.measure.cases import Case, fit, fitting, is_noise
 from tokenstep.measure.speed import (
     SCOPES,
@@ -27,7 +28,6 @@ from tokenstep.measure.speed import (
     exponent,
     growth,
     settle,
-    with_backbone,
 )
 from tokenstep.model.segmenter import Segmenter
 
@@ -63,7 +63,7 @@ def test_each_row_is_related_to_the_dense_row_of_its_scope(
         model,
         photos,
         Case((48, 64), 2),
-        thresholds,
+        [thresholds],
         runtimes={"other": rival},
         seconds=0.0,  # type: ignore[dict-item]
     )
@@ -162,6 +162,24 @@ def test_a_backbone_takes_the_policy_along(model: Segmenter) -> None:
     assert other.patch == model.patch and other.config.temperatures == ()
 
 
+def test_random_exits_halt_the_shares_that_are_asked_for(model: Segmenter) -> None:
+    other = with_backbone(model, "vit_small_patch8_224", (4, 8))
+    with pytest.raises(TokenstepError, match="exits"):
+        with_backbone(model, "vit_small_patch8_224", (12,))
+    pictures = [torch.rand(3, 96, 128) for _ in range(2)]
+    step = halting(other, pictures, (0.4, 0.4), (0.25, 0.5))
+    assert step.merge == (0.4, 0.4)
+    uses = [one.tokens for one in other.segment_batch(pictures, thresholds=step)]
+    start, end = sum(use.start for use in uses), sum(use.end for use in uses)
+    first, second = (sum(use.halted[after] for use in uses) for after in (4, 8))
+    assert first == pytest.approx(0.25 * start, abs=3)
+    assert second == pytest.approx(0.5 * (start - first), abs=3) and start - first - second == end
+    budget = budget_like(other, pictures, step)
+    spent = [one.tokens for one in other.segment_batch(pictures, budget=budget)]
+    assert sum(use.start for use in spent) == pytest.approx(start, rel=0.1)
+    assert sum(use.end for use in spent) == pytest.approx(end, rel=0.25)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_command_writes_what_it_prints(
     model: Segmenter, photos: list[Path], tmp_path: Path, precision: str
@@ -227,7 +245,7 @@ def test_other_reducers_are_timed_in_the_place_of_step(
     model: Segmenter, photos: list[Path]
 ) -> None:
     tome = Thresholds(reducers=("tome:share=0.3",))
-    rows = bench(model, photos, Case((48, 64), 1), tome, seconds=0.0)
+    rows = bench(model, photos, Case((48, 64), 1), [tome], seconds=0.0)
     dense, tome = rows[:2]
     assert tome["method"] == "tome:share=0.3"
     assert tome["gmac"] < dense["gmac"]

@@ -35,6 +35,7 @@ def agreement(model: Segmenter, labels: Tensor, images: Tensor) -> float:
         {"stem": "conv"},
         {"policy_features": True, "cells": 4, "stem": "conv"},
         {"cells": 2, "image_size": (64, 64)},
+        {"name": "vit_small_patch14_reg4_dinov2", "patch": 14, "exits": (1,), "depth": 2},
     ],
 )
 def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, object]) -> None:
@@ -43,6 +44,13 @@ def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, o
     with torch.inference_mode():
         labels = eager(model, SIZE, 2)(images)
     assert agreement(model, labels, images) > 0.999
+
+
+def test_a_plain_model_is_timms_own(tiny_model: TinyModel) -> None:
+    """With no code of ours between the picture and its features."""
+    assert DenseGraph(tiny_model(), SIZE).vit is not None
+    assert DenseGraph(tiny_model(policy_features=True), SIZE).vit is None
+    assert DenseGraph(tiny_model(stem="conv"), SIZE).vit is None
 
 
 def test_a_mask_decoder_has_no_twin(tiny_model: TinyModel) -> None:

@@ -1,7 +1,6 @@
 """The command that times: STEP, the dense model, and what else a user would run."""
 
-from dataclasses import asdict, replace
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -10,37 +9,32 @@ import typer
 from tokenstep import __version__
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
+    Asked,
     BudgetOf,
     Device,
-    Exits,
     MaxLoss,
     Merge,
     ModelName,
+    PrecisionOf,
     Reducers,
     Threads,
     choose,
     load_model,
+    numbers,
     require_reducers,
-    spending_of,
 )
+from tokenstep.config import Spending, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import CPU_ONLY, RUNTIME_PACKAGES
 from tokenstep.terminal import as_json, complain, console, progress_bar, require_extra
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
+    from tokenstep.model.segmenter import Segmenter
     from tokenstep.runtimes.dense import MakeRuntime
 
 app = typer.Typer()
-
-
-class Precision(StrEnum):
-    """Of the arithmetic that is timed."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
 
 
 @app.command("bench")
@@ -62,13 +56,18 @@ def bench_command(
     ] = None,
     max_loss: MaxLoss = None,
     merge: Merge = None,
-    exits: Exits = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(help="Thresholds, as 0.95,0.9, or off; with --backbone blocks, as 12,18."),
+    ] = None,
+    halt: Annotated[
+        str | None,
+        typer.Option(help="With --backbone: share of the tokens that halts at each exit."),
+    ] = None,
     reducer: Reducers = None,
     budget: BudgetOf = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
-    precision: Annotated[
-        Precision, typer.Option(help="16 bits are by autocast.", case_sensitive=False)
-    ] = Precision.FP32,
+    precision: PrecisionOf = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Time noise too.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -83,16 +82,17 @@ def bench_command(
     from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.cases import Case
     from tokenstep.measure.machine import description, gemm_rate
-    from tokenstep.measure.speed import bench, growth, with_backbone
+    from tokenstep.measure.speed import bench, growth
+    from tokenstep.model.precision import name_of
 
     cases = [
         Case(_size(text), count)
         for text in size or ["480x360", "960x720"]
         for count in batch or [1, 8]
     ]
-    network = load_model(model, device, threads)
+    network = load_model(model, device, threads, precision)
     place = next(network.parameters()).device
-    runtimes = _runtimes(rival or [], on_cpu=place.type == "cpu" and precision is Precision.FP32)
+    runtimes = _runtimes(rival or [], on_cpu=place.type == "cpu" and network.dtype.itemsize == 4)
     if json_file is not None:
         require_writable(json_file.parent)
     paths, faults = find_pictures(pictures)
@@ -102,31 +102,21 @@ def bench_command(
         raise typer.Exit(2)
     if not force:
         _refuse_noise(paths)
-    of_model = None if backbone else reducer
-    thresholds, point = choose(
-        network, max_loss=max_loss, merge=merge, exits=exits, reducer=of_model
-    )
-    if backbone is not None:
-        network, point = with_backbone(network, backbone), None
+    if backbone is None:
+        asked = Asked(False, max_loss, merge, exits, reducer, budget)
+        spending, point = asked.of(network)
+        spendings = [spending]
+    else:
+        if budget is not None:
+            raise TokenstepError("--budget: the backbone gets one of its own; leave it out")
+        thresholds, point = choose(network, max_loss=max_loss, merge=merge)[0], None
+        network = _with_backbone(network, backbone, exits, halt)
         require_reducers(network, reducer or [])
-        # Exits of random weights are never sure, so they only cost.
-        thresholds = replace(thresholds.without_exits(), reducers=tuple(reducer or []))
-    by_hand = bool(merge or exits or reducer)
-    spending, point = spending_of(
-        network, budget, thresholds, point, max_loss=max_loss, by_hand=by_hand
-    )
+        spendings = _of_backbone(network, paths, cases[0].size, thresholds, halt, reducer)
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
-            with torch.autocast(place.type, _dtype(precision), precision is not Precision.FP32):
-                rows += bench(
-                    network,
-                    paths,
-                    case,
-                    spending,
-                    runtimes=runtimes,
-                    seconds=seconds,
-                )
+            rows += bench(network, paths, case, spendings, runtimes=runtimes, seconds=seconds)
     grown = growth(rows)
     weight: torch.Tensor = cast(Any, network.encoder.blocks)[0].mlp.fc1.weight
     report = {
@@ -134,8 +124,9 @@ def bench_command(
         "machine": {**description(place), "gemm_gmac_per_second": gemm_rate(weight)},
         "model": model,
         "backbone": backbone,
-        "precision": precision.value,
-        "settings": asdict(spending),
+        "precision": name_of(network.dtype),
+        "settings": asdict(spendings[0]),
+        "others": [asdict(other) for other in spendings[1:]],
         "point": point and point.report(),
         "pictures": len(paths),
         "growth": grown,
@@ -148,14 +139,44 @@ def bench_command(
         console.print(tables.grown(grown))
 
 
-def _dtype(precision: Precision) -> "torch.dtype":
-    import torch
+def _with_backbone(
+    model: "Segmenter", name: str, exits: str | None, halt: str | None
+) -> "Segmenter":
+    """A large ViT with random weights, with exits if some are to halt tokens.
 
-    return {
-        Precision.FP32: torch.float32,
-        Precision.BF16: torch.bfloat16,
-        Precision.FP16: torch.float16,
-    }[precision]
+    Raises:
+        TokenstepError: the options do not fit each other or the ViT.
+    """
+    from tokenstep.measure.backbone import with_backbone
+
+    if (exits is None) != (halt is None):
+        raise TokenstepError("--backbone: give --exits BLOCKS and --halt SHARES together")
+    if exits is None or halt is None:
+        return with_backbone(model, name)
+    after, shares = numbers("--exits", exits, "blocks such as 12,18"), numbers("--halt", halt)
+    if len(after) != len(shares) or not all(0 < share < 1 for share in shares):
+        raise TokenstepError(f"--halt {halt}: give a share between 0 and 1 for each of {exits}")
+    return with_backbone(model, name, [int(block) for block in after])
+
+
+def _of_backbone(
+    model: "Segmenter",
+    paths: list[Path],
+    size: tuple[int, int],
+    thresholds: Thresholds,
+    halt: str | None,
+    reducers: list[str] | None,
+) -> list[Spending]:
+    """What is timed of a backbone: STEP, the budget that it spends on average, each reducer."""
+    from tokenstep.measure.backbone import budget_like, halting
+    from tokenstep.measure.cases import Case, fitting
+
+    pictures: list[Tensor] = fitting(paths, Case(size, 1))[1][:8]
+    step = thresholds.without_exits()
+    if halt is not None:
+        step = halting(model, pictures, thresholds.merge, numbers("--halt", halt))
+    alone = [Thresholds(reducers=(reducer,)) for reducer in reducers or []]
+    return [step, budget_like(model, pictures, step), *alone]
 
 
 def _runtimes(names: list[str], *, on_cpu: bool) -> "dict[str, MakeRuntime]":

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from tokenstep.cli.options import Device, ModelName, Side, Threads, load_model, max_side_of
+from tokenstep.cli.options import (
+    Device,
+    ModelName,
+    PrecisionOf,
+    Side,
+    Threads,
+    load_model,
+    max_side_of,
+)
 from tokenstep.errors import TokenstepError
 from tokenstep.terminal import complain, require_extra
 
@@ -21,6 +29,7 @@ def demo_command(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")
     ] = 7860,
     max_side: Side = None,
+    precision: PrecisionOf = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -35,7 +44,7 @@ def demo_command(
     side = max_side_of(max_side)
     with _listen(host, port) as listening:
         names = dict.fromkeys([model, *shipped_models()])
-        models = {name: load_model(name, device, threads) for name in names}
+        models = {name: load_model(name, device, threads, precision) for name in names}
         for network in models.values():
             warm_up(network)
         from tokenstep.serve.page import serve

@@ -16,6 +16,7 @@ from tokenstep import __version__
 from tokenstep.cli import bench, demo, explain, measure, tables
 from tokenstep.cli import data as cli_data
 from tokenstep.cli.options import (
+    Asked,
     BudgetOf,
     Device,
     Exits,
@@ -23,14 +24,13 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Overrides,
+    PrecisionOf,
     Reducers,
     Side,
     Threads,
-    choose,
     load_model,
     max_side_of,
     scale_note,
-    spending_of,
 )
 from tokenstep.config import Budget
 from tokenstep.errors import PictureWarning, Terminated, TokenstepError
@@ -118,6 +118,7 @@ def segment(
     exits: Exits = None,
     reducer: Reducers = None,
     budget: BudgetOf = None,
+    precision: PrecisionOf = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -127,20 +128,15 @@ def segment(
     """
     from tokenstep.data.scaling import side_for
     from tokenstep.data.whole_files import require_writable
+    from tokenstep.model.precision import name_of
     from tokenstep.serve.files import SegmentJob, segment_files
     from tokenstep.serve.reports import ReportFile, classes_of, header
     from tokenstep.serve.windows import require_side
 
     wanted = max_side_of(max_side, tile=tile)
     paths, entries = _find(pictures, out)
-    network = load_model(model, device, threads)
-    thresholds, point = choose(
-        network, dense=dense, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
-    )
-    by_hand = dense or bool(merge or exits or reducer)
-    spending, point = spending_of(
-        network, budget, thresholds, point, max_loss=max_loss, by_hand=by_hand
-    )
+    network = load_model(model, device, threads, precision)
+    spending, point = Asked(dense, max_loss, merge, exits, reducer, budget).of(network)
     if tile is not None:
         require_side(network, tile)
     require_writable(out)
@@ -149,6 +145,7 @@ def segment(
     side = side_for(wanted, network.config.long_side)
     job = SegmentJob(out, spending, batch=batch, max_side=side, compare=compare, tile=tile)
     head = {**header(model, network.config, spending, point), "max_side": side}
+    head["precision"] = name_of(network.dtype)
     head["classes"] = classes_of(network.config)
     with progress_bar() as progress, ReportFile(out / "report.json", head, entries) as report:
         for entry in progress.track(

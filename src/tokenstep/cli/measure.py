@@ -7,6 +7,7 @@ import typer
 
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
+    Asked,
     BudgetOf,
     Data,
     Device,
@@ -15,13 +16,13 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Names,
+    PrecisionOf,
     Reducers,
     Threads,
     choose,
     load_model,
     numbers,
     require_reducers,
-    spending_of,
 )
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import PARTITION_SOURCES, Search
@@ -51,6 +52,7 @@ def evaluate_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
     ] = None,
+    precision: PrecisionOf = "fp32",
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -59,6 +61,7 @@ def evaluate_command(
     from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.evaluate import evaluate
     from tokenstep.measure.quality import Method
+    from tokenstep.model.precision import name_of
 
     source = next((known for known in PARTITION_SOURCES if known == partition), None)
     if source is None:
@@ -69,20 +72,16 @@ def evaluate_command(
             raise TokenstepError(f"--json {json_file}: is a folder; name a file in it")
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
-    network = load_model(model, device, threads)
-    thresholds, point = choose(
-        network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
-    )
-    by_hand = bool(merge or exits or reducer)
-    spending, point = spending_of(
-        network, budget, thresholds, point, max_loss=max_loss, by_hand=by_hand
-    )
+    network = load_model(model, device, threads, precision)
+    asked = Asked(max_loss=max_loss, merge=merge, exits=exits, reducer=reducer, budget=budget)
+    spending, point = asked.of(network)
     method = Method(spending, source, tolerance)
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=len(folder))
         measured = evaluate(network, folder, method, on_picture=lambda: progress.advance(task))
     head = {"model": model, "data": data.resolve().name, "split": split}
     report = {**head, **measured, "point": point and point.report()}
+    report["precision"] = name_of(network.dtype)
     if printed:
         print(as_json(report))
         return

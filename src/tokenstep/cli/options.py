@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from tokenstep.config import DENSE, Budget, OperatingPoint, Spending, Thresholds
+from tokenstep.config import DENSE, Budget, OperatingPoint, Precision, Spending, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 
@@ -21,6 +21,14 @@ ModelName = Annotated[
     str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PrecisionOf = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="|".join(get_args(Precision)),
+        help="16 bits where the device has arithmetic of it. [fp32 on CPUs, auto on GPUs]",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]
 Merge = Annotated[
     str | None,
@@ -95,8 +103,14 @@ def scale_note(count: int, side: int, given: str | None) -> str:
     return f"{text}, the scale that the model was trained at (--max-side none: as they are)"
 
 
-def load_model(name: str, device: str, threads: int | None) -> "Segmenter":
-    """Load a model onto a device."""
+def load_model(
+    name: str, device: str, threads: int | None, precision: str | None = "fp32"
+) -> "Segmenter":
+    """Load a model onto a device; without a precision, the one that its kind is made for.
+
+    Raises:
+        TokenstepError: there is no such model, device or precision.
+    """
     import torch
 
     from tokenstep.hub import device_of, load
@@ -107,7 +121,16 @@ def load_model(name: str, device: str, threads: int | None) -> "Segmenter":
         device = device_of(device)
     except TokenstepError as fault:
         raise TokenstepError(f"--{fault}") from fault
-    return load(name, device=device)
+    model = load(name, device=device)
+    if precision is None:  # a CPU computes as the figures of a model were measured
+        precision = "fp32" if model.device.type == "cpu" else "auto"
+    known = next((one for one in get_args(Precision) if one == precision.lower()), None)
+    if known is None:
+        raise TokenstepError(
+            f"--precision {precision}: choose from {', '.join(get_args(Precision))}"
+        )
+    model.use(precision=known)
+    return model
 
 
 def choose(
@@ -199,6 +222,37 @@ def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
         require_reducers([named], model.exits, len(model.encoder.host_blocks()))
     except TokenstepError as fault:
         raise TokenstepError(f"--{fault}") from fault
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options of a command that segments ask to spend."""
+
+    dense: bool = False
+    max_loss: float | None = None
+    merge: str | None = None
+    exits: str | None = None
+    reducer: list[str] | None = None
+    budget: str | None = None
+
+    def of(self, model: "Segmenter") -> tuple[Spending, OperatingPoint | None]:
+        """The same for a model, and the operating point that it is, if one.
+
+        Raises:
+            TokenstepError: the options contradict each other or do not fit the model.
+        """
+        thresholds, point = choose(
+            model,
+            dense=self.dense,
+            max_loss=self.max_loss,
+            merge=self.merge,
+            exits=self.exits,
+            reducer=self.reducer,
+        )
+        by_hand = self.dense or bool(self.merge or self.exits or self.reducer)
+        return spending_of(
+            model, self.budget, thresholds, point, max_loss=self.max_loss, by_hand=by_hand
+        )
 
 
 def spending_of(

@@ -12,6 +12,7 @@ PARTITION_SOURCES: tuple[PartitionSource, ...] = ("policy", "uniform", "oracle",
 RUNTIME_PACKAGES = {  # what `bench --rival` takes, and the packages that each runtime needs
     "torch": (),
     "compile": (),
+    "autotune": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
 }

@@ -18,15 +18,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from tokenstep.config import DENSE, Budget, Spending, VitConfig
+from tokenstep.config import DENSE, Budget, Spending
 from tokenstep.data.augment import to_float
-from tokenstep.errors import TokenstepError
 from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword
 from tokenstep.runtimes.dense import MakeRuntime, Runtime
+from tokenstep.runtimes.fixed import graph
 
 SCOPES = ("model", "end_to_end")
 # Warming up ends when the medians of two windows of rounds differ by less than a share.
@@ -51,7 +51,7 @@ def bench(
     model: Segmenter,
     paths: Sequence[Path],
     case: Case,
-    spending: Spending,
+    spendings: Sequence[Spending],
     *,
     runtimes: Mapping[str, MakeRuntime] = MappingProxyType({}),
     seconds: float = 5.0,
@@ -73,7 +73,7 @@ def bench(
     """
     files, pictures = fitting(paths, case)
     device = next(model.parameters()).device
-    methods = methods_of(model, case, spending)
+    methods = methods_of(model, case, spendings)
     measured = tuple(methods)
     for name, make in runtimes.items():
         methods[name] = _in_runtime(make(model, case.size, case.batch), device)
@@ -122,14 +122,15 @@ def relative_to(dense: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def methods_of(model: Segmenter, case: Case, spending: Spending) -> dict[str, SegmentBatch]:
+def methods_of(
+    model: Segmenter, case: Case, spendings: Sequence[Spending]
+) -> dict[str, SegmentBatch]:
     """Every method of ``model`` itself for a case, by its name; dense is the first.
 
-    The one of ``spending`` is called STEP, or by its reducers.
+    That of a spending is called STEP, or by its reducers. On a GPU a budget is also run as one
+    graph.
     """
     half = [max(1, side // 2) for side in case.size]
-    step = "STEP by budget" if isinstance(spending, Budget) else "STEP"
-    name = " ".join(spending.reducers) or step
 
     def at(spending: Spending) -> SegmentBatch:
         def segment(pictures: Sequence[Tensor]) -> BatchCost:
@@ -150,7 +151,15 @@ def methods_of(model: Segmenter, case: Case, spending: Spending) -> dict[str, Se
         cost = _cost_of(results)
         return replace(cost, stages={"scale": scaling} | cost.stages)
 
-    return {"dense": at(DENSE), name: at(spending), "dense at 0.5 x the sides": at_half}
+    methods = {"dense": at(DENSE)}
+    for spending in spendings:
+        step = "STEP by budget" if isinstance(spending, Budget) else "STEP"
+        name = " ".join(spending.reducers) or step
+        methods[name] = at(spending)
+        if isinstance(spending, Budget) and model.device.type == "cuda":
+            run = graph(model, case.size, case.batch, budget=spending)
+            methods[f"{name}, one graph"] = _in_runtime(run, model.device)
+    return methods | {"dense at 0.5 x the sides": at_half}
 
 
 def _in_runtime(runtime: Runtime, device: torch.device) -> SegmentBatch:
@@ -258,26 +267,3 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     """The power of ``x`` by which ``y`` grows."""
     return float(np.polynomial.Polynomial.fit(np.log(x), np.log(y), 1).convert().coef[1])
-
-
-def with_backbone(model: Segmenter, name: str) -> Segmenter:
-    """Build a model of the timm ViT ``name`` with random weights and the policy of ``model``.
-
-    Raises:
-        TokenstepError: there is no such ViT, or its patches are not those of the policy.
-    """
-    config = model.config
-    cells = config.vit.cells
-    vit = VitConfig(name, cells=cells)
-    other = replace(config, vit=vit, thresholds=DENSE, points=(), temperatures=())
-    try:
-        built = Segmenter.build(other)
-    except ValueError as error:
-        raise TokenstepError(f"--backbone {name}: {error}") from error
-    if built.patch != model.patch:
-        raise TokenstepError(
-            f"--backbone {name}: has patches of {built.patch} px but the policy knows those of "
-            f"{model.patch} px: choose another backbone, or another --model"
-        )
-    built.policy.load_state_dict(model.policy.state_dict())
-    return built.to(next(model.parameters()).device).eval()

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from tokenstep.config import Budget, Spending, Thresholds
+from tokenstep.config import Budget, Precision, Spending, Thresholds
 from tokenstep.core.attention import Backend
 from tokenstep.core.partition import grid_of, tokens_of
 from tokenstep.core.same_size import sizes_of
@@ -28,6 +28,7 @@ from tokenstep.model.cost import CostCounter
 from tokenstep.model.dataflow import DATAFLOWS, Dataflow, flow_for
 from tokenstep.model.decoder import MaskDecoder
 from tokenstep.model.normalise import Normalise
+from tokenstep.model.precision import dtype_for, name_of
 from tokenstep.model.renamed import renamed, with_new_keys
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import Segmented, token_uses
@@ -258,6 +259,11 @@ class Segmenter(
         return Parts(self.policy, self.tokenise, self.encoder, self.exits, self.decoder)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes with."""
+        return cast(Tensor, self.normalise.mean).dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return cast(Tensor, self.normalise.mean).device
@@ -268,16 +274,28 @@ class Segmenter(
         backend: Backend = "auto",
         checkpointing: bool = False,
         dataflow: Dataflow = "auto",
+        precision: Precision | None = None,
     ) -> None:
         """Choose the attention back end, and whether blocks are recomputed in the backward pass.
 
         ``dataflow`` is how pictures become tokens and tokens pixels: "windows" is made for CPUs and
-        "grid" for GPUs; all compute the same.
+        "grid" for GPUs; all compute the same. ``precision`` rounds the weights to 16 bits for good:
+        "bf16" or "fp16", or what "auto" finds the device made for. Confidences, scores, means over
+        merged tokens and label maps are computed in fp32 all the same.
 
         Raises:
-            ValueError: there is no such dataflow.
+            ValueError: there is no such dataflow or precision, or the weights have lost what a
+                higher precision would need.
         """
         flow_for(dataflow, self.device)
+        if precision is not None:
+            dtype = dtype_for(precision, self.device)
+            if dtype != self.dtype != torch.float32:
+                raise ValueError(
+                    f"the weights are {name_of(self.dtype)} already: load the model anew for "
+                    f"{name_of(dtype)}"
+                )
+            self.to(dtype)
         self.dataflow = dataflow
         run = replace(self.encoder.settings, backend=backend, checkpointing=checkpointing)
         self.encoder.settings = run

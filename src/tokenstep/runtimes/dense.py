@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.timm_embed import ConvEmbed, LinearEmbed
+from tokenstep.hosts.timm_plain import plain_vit
 from tokenstep.model.decoder import LinearDecoder
 from tokenstep.model.segmenter import Segmenter
 
@@ -27,6 +28,9 @@ MakeRuntime = Callable[[Segmenter, tuple[int, int], int], Runtime]  # for pictur
 class DenseGraph(nn.Module):
     """The dense model on pictures of one size ``(h, w)``, as a plain graph of tensors.
 
+    It is timm's own model with the head, unless the tokens get what the policy saw or the stem is
+    not timm's.
+
     Raises:
         TokenstepError: the model has a decoder that is not linear.
     """
@@ -36,9 +40,13 @@ class DenseGraph(nn.Module):
         if not isinstance(model.decoder, LinearDecoder):
             raise TokenstepError("only models with a linear decoder have a plain dense graph")
         self.model = model
+        self.policy = model.policy.for_use()
         self.size = size
         self.grid = grid_of(size, model.patch)
         tokenise = model.tokenise
+        self.vit: nn.Module | None = None
+        if tokenise.context is None:
+            self.vit = plain_vit(model.config.vit, tokenise, model.encoder, self.grid)
         prefix = tokenise.prefix_count
         table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.host.dim)
         with torch.no_grad():
@@ -53,12 +61,23 @@ class DenseGraph(nn.Module):
         """Label maps ``(B, h, w)`` of ``images (B, 3, h, w)``."""
         model = self.model
         mean, std = cast(Tensor, model.normalise.mean), cast(Tensor, model.normalise.std)
-        normal = (images - mean) / std
+        normal = (images.to(mean.dtype) - mean) / std
+        prefix = model.tokenise.prefix_count
+        if self.vit is not None:
+            bottom, right = (
+                cells * model.patch - side for cells, side in zip(self.grid, self.size, strict=True)
+            )
+            canvas = (
+                F.pad(normal, (0, right, 0, bottom), mode="replicate")
+                if bottom or right
+                else normal
+            )
+            x = cast(Any, self.vit).forward_features(canvas)[:, prefix:]
+            return self.labels(cast(LinearDecoder, model.decoder).linear(x))
         x = self.embedded(normal)
         if model.tokenise.context is not None:
-            seen = model.policy.on_grid(model.policy.features(normal))
+            seen = self.policy.on_grid(self.policy.features(normal))
             x = x + model.tokenise.context(seen.flatten(2).transpose(1, 2))
-        prefix = model.tokenise.prefix_count
         x = F.pad(x, (0, 0, prefix, 0)) + cast(Tensor, self.table)
         x = model.tokenise.host.enter(model.tokenise, x)
         for block in cast(nn.Sequential, model.encoder.blocks):
@@ -107,6 +126,11 @@ def compiled(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
     return cast(Runtime, torch.compile(DenseGraph(model, size).eval()))
 
 
+def autotuned(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
+    """The graph under ``torch.compile``, which tries kernels and captures it on a GPU."""
+    return cast(Runtime, torch.compile(DenseGraph(model, size).eval(), mode="max-autotune"))
+
+
 def onnx_runtime(model: Segmenter, size: tuple[int, int], batch: int) -> Runtime:
     """The graph in ONNX Runtime, on the CPU with torch's number of threads."""
     import onnxruntime
@@ -151,6 +175,7 @@ def export(graph: DenseGraph, batch: int, folder: Path) -> Path:
 RUNTIMES: dict[str, MakeRuntime] = {  # of `settings.RUNTIME_PACKAGES`
     "torch": eager,
     "compile": compiled,
+    "autotune": autotuned,
     "onnx": onnx_runtime,
     "openvino": openvino_runtime,
 }

@@ -20,6 +20,8 @@ from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.machine import available_bytes
 from tokenstep.model.cost import Cost
+from tokenstep.model.dataflow import flow_for
+from tokenstep.model.grid import PIXEL_FLOATS
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import TokenUse, first_cells
 from tokenstep.model.segmenter import Segmenter
@@ -101,6 +103,8 @@ def needed_bytes(model: Segmenter, pictures: Sequence[Tensor]) -> int:
     if pick_backend(model.encoder.settings.backend, next(model.parameters())) == "padded":
         floats += FEATURES_PADDED * dim * (len(cells) * max(cells) - sum(cells))
     pixels = sum(cells) * model.patch**2
+    if flow_for(model.dataflow, model.device) == "grid":  # logits of pixels, and scaled up
+        floats += 2 * min(PIXEL_FLOATS, len(model.config.classes) * pixels)
     return BYTES_PER_PIXEL * pixels + BYTES_PER_CELL * numbered + 4 * floats
 
 

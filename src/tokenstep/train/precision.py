@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from tokenstep.model.precision import has_bf16
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
 from tokenstep.train.run_folder import RECIPE, begun, read_json
 
@@ -26,17 +27,12 @@ def settled(recipe: R) -> R:
     if begun(out) and os.path.isfile(out / RECIPE):
         precision = read_json(out / RECIPE).get("trainer", {}).get("precision", "fp32")
     else:
-        precision = "bf16" if has_bf16(trainer.accelerator) else "fp32"
+        precision = "bf16" if trains_in_bf16(trainer.accelerator) else "fp32"
     return replace(recipe, trainer=replace(trainer, precision=precision))
 
 
-def has_bf16(accelerator: str) -> bool:
-    """Whether the device of Lightning's name ``accelerator`` has bf16 arithmetic of its own.
-
-    On a CPU that is AMX; without it bf16 is emulated, and slower than fp32.
-    """
+def trains_in_bf16(accelerator: str) -> bool:
+    """Whether the device of Lightning's name ``accelerator`` has bf16 arithmetic of its own."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if accelerator in ("auto", "cpu"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    return False
+        return has_bf16("cuda")
+    return accelerator in ("auto", "cpu") and has_bf16("cpu")
