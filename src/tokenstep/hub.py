@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import CONFIG, Segmenter
+from tokenstep.model.folder import CONFIG
+from tokenstep.model.segmenter import Segmenter
 
 SHIPPED = Path(__file__).parent / "weights"
 

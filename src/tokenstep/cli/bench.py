@@ -9,7 +9,6 @@ import typer
 from tokenstep import __version__
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
-    Asked,
     BudgetOf,
     Device,
     MaxLoss,
@@ -18,11 +17,9 @@ from tokenstep.cli.options import (
     PrecisionOf,
     Reducers,
     Threads,
-    choose,
     load_model,
-    numbers,
-    require_reducers,
 )
+from tokenstep.cli.spending import Asked, choose, numbers, require_reducers
 from tokenstep.config import Spending, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import CPU_ONLY, RUNTIME_PACKAGES

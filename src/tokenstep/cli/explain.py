@@ -17,11 +17,11 @@ from tokenstep.cli.options import (
     Reducers,
     Side,
     Threads,
-    choose,
     load_model,
     max_side_of,
     scale_note,
 )
+from tokenstep.cli.spending import choose
 from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.serve import summary

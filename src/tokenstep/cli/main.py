@@ -16,7 +16,6 @@ from tokenstep import __version__
 from tokenstep.cli import bench, demo, explain, measure, tables
 from tokenstep.cli import data as cli_data
 from tokenstep.cli.options import (
-    Asked,
     BudgetOf,
     Device,
     Exits,
@@ -32,6 +31,7 @@ from tokenstep.cli.options import (
     max_side_of,
     scale_note,
 )
+from tokenstep.cli.spending import Asked
 from tokenstep.config import Budget
 from tokenstep.errors import PictureWarning, Terminated, TokenstepError
 from tokenstep.serve import summary

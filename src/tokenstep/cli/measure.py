@@ -7,7 +7,6 @@ import typer
 
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
-    Asked,
     BudgetOf,
     Data,
     Device,
@@ -19,11 +18,9 @@ from tokenstep.cli.options import (
     PrecisionOf,
     Reducers,
     Threads,
-    choose,
     load_model,
-    numbers,
-    require_reducers,
 )
+from tokenstep.cli.spending import Asked, choose, numbers, require_reducers
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import PARTITION_SOURCES, Search
 from tokenstep.serve import summary

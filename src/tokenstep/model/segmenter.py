@@ -1,40 +1,39 @@
 """The model: its pipeline in one forward, pictures in and results out, save and load."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenstep.config import Budget, Precision, Spending, Thresholds
 from tokenstep.core.attention import Backend
-from tokenstep.core.partition import grid_of, tokens_of
+from tokenstep.core.partition import grid_of
 from tokenstep.core.same_size import sizes_of
 from tokenstep.data.pictures import Picture, picture_tensor
 from tokenstep.data.scaling import MaxSide, scaled_tensor, side_for
-from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
-from tokenstep.from_dict import from_dict
-from tokenstep.model.build import Parts, require_described, step_parts
-from tokenstep.model.card import model_card
+from tokenstep.model.build import Parts, step_parts
 from tokenstep.model.collected import collected
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import CostCounter
 from tokenstep.model.dataflow import DATAFLOWS, Dataflow, flow_for
 from tokenstep.model.decoder import MaskDecoder
+from tokenstep.model.folder import ModelFolder
 from tokenstep.model.normalise import Normalise
 from tokenstep.model.precision import dtype_for, name_of
-from tokenstep.model.renamed import renamed, with_new_keys
+from tokenstep.model.renamed import renamed
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import Segmented, token_uses
-from tokenstep.model.spending import plan_of, reducers_of, require_reducers, spending_of
+from tokenstep.model.spending import (
+    plan_of,
+    reducers_of,
+    require_reducers,
+    spending_of,
+    tokens_known,
+)
 from tokenstep.model.stage_timer import StageTimer
-from tokenstep.model.weight_files import load_weights, save_weights
 from tokenstep.policies.batch import (
     features_on_grids,
     partition_by,
@@ -43,14 +42,10 @@ from tokenstep.policies.batch import (
 )
 from tokenstep.reducers.base import Reducer
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 _NO_LISTS = (str, bytes, bytearray, memoryview)  # sequences, but one picture or none
 
 
-class Segmenter(
-    nn.Module, PyTorchModelHubMixin, library_name="tokenstep", tags=["image-segmentation"]
-):
+class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation"]):
     """A plain ViT segmenter with dCTS supertokens and early pruning (STEP, arXiv 2509.14165).
 
     The parts are handed in; :meth:`build` makes them from the settings alone.
@@ -114,30 +109,19 @@ class Segmenter(
         spending = spending_of(self.config, thresholds, budget)
         plan = plan_of(spending, self.config.policy.sizes) if partition is None else None
         normal = self.normalise(pictures)
-        context = self.tokenise.context is not None
+        sizes = sizes_of(normal)
         flow = flow_for(self.dataflow, self.device)
-        whole = DATAFLOWS[flow].whole
+        whole, context = DATAFLOWS[flow].whole, self.tokenise.context is not None
         looks = policy_features(self.policy, normal, whole=whole) if plan or context else []
-        merges, finite = plan is not None or partition is not None, None
+        finite = counts = None
         if partition is None:
             partition, finite = partition_by(self.policy, normal, looks, plan)
+            counts = tokens_known(spending, [grid_of(size, self.patch) for size in sizes])
         if unmerged is not None:
-            kept = unmerged.view(-1, 1, 1)
+            kept, counts = unmerged.view(-1, 1, 1), None
             partition = torch.where(kept, partition.clamp(max=0), partition)
         seen = features_on_grids(self.policy, looks) if context else None
-        counts = None
-        if isinstance(spending, Budget) and plan is not None and unmerged is None:
-            # Known beforehand: neither the partition nor an exit waits for the host.
-            grids = [grid_of(size, self.patch) for size in sizes_of(normal)]
-            counts = [tokens_of(spending.merge, grid) for grid in grids]
-        tokens = self.tokenise(
-            normal,
-            partition if merges else None,
-            seen,
-            finite=finite,
-            counts=counts,
-            flow=flow,
-        )
+        tokens = self.tokenise(normal, partition, seen, finite=finite, counts=counts, flow=flow)
         own = reducers_of(spending, self.exits, self.config.temperatures, whole=whole)
         tokens, trace = self.encoder(tokens, [*reducers, *own])
         return Segmented(
@@ -145,7 +129,7 @@ class Segmenter(
             logits=self.decoder(tokens),
             partition=partition,
             trace=trace,
-            sizes=tuple(sizes_of(normal)),
+            sizes=tuple(sizes),
             patch=self.patch,
             prefix=self.tokenise.prefix_count,
             scored=plan is not None,
@@ -310,56 +294,3 @@ class Segmenter(
         super().train(mode)
         self.policy.eval()
         return self
-
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        config: dict[str, Any] | None = None,
-    ) -> Self:
-        """Load safetensors, and nothing else: the mixin's own method may unpickle."""
-        if config is None:
-            raise TokenstepError(f"{model_id}: holds no model ({CONFIG} is missing)")
-        if Path(model_id).is_dir():
-            path = Path(model_id) / WEIGHTS
-        else:
-            path = Path(
-                hf_hub_download(
-                    model_id,
-                    WEIGHTS,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
-        where = f"{model_id}/{CONFIG}"
-        settings = from_dict(ModelConfig, with_new_keys(config, where), where)
-        try:
-            model = cls.build(settings)
-        except TokenstepError as fault:
-            raise TokenstepError(f"{where}: {fault}") from fault
-        load_weights(model, path)
-        return model.eval()
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the settings as they are now, then the weights, each whole or not at all.
-
-        Raises:
-            TokenstepError: parts were handed in that the settings do not describe.
-        """
-        require_described(self.config, self)
-        text = json.dumps(dataclasses.asdict(self.config), indent=1)
-        write_text(save_directory / CONFIG, text + "\n")
-        save_weights(self, save_directory / WEIGHTS)
-
-    def generate_model_card(self, *_: object, **__: object) -> ModelCard:
-        """The README that a folder gets if it has none."""
-        return ModelCard(model_card(self.config))

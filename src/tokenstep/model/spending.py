@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from tokenstep.config import Budget, Spending, Thresholds
-from tokenstep.core.partition import Plan, by_share, by_threshold
+from tokenstep.core.partition import Grid, Plan, by_share, by_threshold, tokens_of
 from tokenstep.errors import TokenstepError
 from tokenstep.model.config import ModelConfig
 from tokenstep.reducers.base import Reducer
@@ -41,6 +41,13 @@ def plan_of(spending: Spending, sizes: Sequence[int]) -> Plan | None:
     if not spending.merge:
         return None
     return partial(by_threshold, sizes=sizes, thresholds=spending.merge)
+
+
+def tokens_known(spending: Spending, grids: Sequence[Grid]) -> list[int] | None:
+    """Tokens of pictures of these grids at the start, where no picture has to be looked at."""
+    if isinstance(spending, Budget):
+        return [tokens_of(spending.merge, grid) for grid in grids]
+    return None if spending.merge else [height * width for height, width in grids]
 
 
 def reducers_of(

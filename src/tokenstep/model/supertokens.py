@@ -65,13 +65,13 @@ class Tokeniser(nn.Module):
     def forward(
         self,
         groups: Sequence[SameSize],
-        level: Tensor | None,
+        level: Tensor,
         context: Sequence[Tensor] | None = None,
         finite: Tensor | None = None,
         counts: Sequence[int] | None = None,
         flow: str = "windows",
     ) -> PackedTokens:
-        """Tokens of normalised pictures under ``level (B, H, W)``; None where nothing merges.
+        """Tokens of normalised pictures under ``level (B, H, W)``.
 
         ``context`` is what the policy saw, ``(n, channels, H, W)`` of each group, for a model that
         uses it; ``finite``, ``()`` bool, says whether the scores that made ``level`` are.
@@ -86,16 +86,13 @@ class Tokeniser(nn.Module):
         if (context is None) != (self.context is None):
             raise ValueError("context must be given just where the model uses policy features")
         grids = [grid_of(size, self.patch) for size in sizes_of(groups)]
-        merges, prefix = level is not None, self.prefix_count
-        level = uniform(grids, groups[0].pixels.device) if level is None else level
-        level = level.long()
+        level, prefix = level.long(), self.prefix_count
         owner = owners(level)
         cells = torch.arange(owner.numel(), device=owner.device).view_as(owner)
         # (B, prefix + H * W): whether a prefix row or a cell has a token of its own
         speaks = nn.functional.pad((owner == cells).flatten(1), (prefix, 0), value=True)
         rows = speaks.sum(1)
-        if not merges:
-            counts = [height * width for height, width in grids]
+        cells_of = tuple(height * width for height, width in grids)
         if counts is None:
             lengths = self._lengths(rows, grids, level, finite)
         else:
@@ -107,6 +104,7 @@ class Tokeniser(nn.Module):
         is_prefix = cell < 0
         anchor = torch.where(is_prefix, -1, torch.add(cell, picture, alpha=owner[0].numel()))
         rank = level.flatten()[anchor]  # of a prefix row what the last cell has
+        merges = counts is None or tuple(counts) != cells_of
         speaker, highest = torch.where(is_prefix, -1, picture), self.highest if merges else 0
         every = _Rows(segments, speaker, cell, rank, level.shape[2], highest)
         return PackedTokens(
@@ -116,7 +114,7 @@ class Tokeniser(nn.Module):
             anchor=anchor,
             owner=owner,
             prefix=prefix,
-            cells=tuple(height * width for height, width in grids),
+            cells=cells_of,
         )
 
     def _features(

@@ -9,7 +9,7 @@ from tokenstep.config import HALF, InitialWeights
 from tokenstep.data.pretrained import WeightFile, find_weights
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.timm_build import published_vit
-from tokenstep.model.segmenter import WEIGHTS
+from tokenstep.model.folder import WEIGHTS
 from tokenstep.policies.dcts import published_trunk
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe
 from tokenstep.train.run_folder import begun

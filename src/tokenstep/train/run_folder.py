@@ -20,8 +20,8 @@ from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 from tokenstep.model.card import model_card
 from tokenstep.model.config import ModelConfig
+from tokenstep.model.folder import WEIGHTS
 from tokenstep.model.renamed import with_new_keys
-from tokenstep.model.segmenter import WEIGHTS
 from tokenstep.train.card import run_card
 from tokenstep.train.recipe import PolicyRecipe, SegmenterRecipe, differences, resolved
 

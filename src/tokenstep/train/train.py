@@ -21,7 +21,8 @@ from tokenstep.measure.quality import Method, measure
 from tokenstep.model.build import step_parts
 from tokenstep.model.card import write_card
 from tokenstep.model.config import ModelConfig
-from tokenstep.model.segmenter import WEIGHTS, Segmenter
+from tokenstep.model.folder import WEIGHTS
+from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.weight_files import save_weights
 from tokenstep.policies.dcts import DCTS, build_trunk
 from tokenstep.train.card import policy_card
