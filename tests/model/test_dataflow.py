@@ -116,6 +116,13 @@ def test_gradients_flow_through_the_grid(tiny_model: TinyModel) -> None:
         assert not [name for name, weight in part.named_parameters() if weight.grad is None]
 
 
+def test_a_label_map_does_not_keep_its_batch(tiny_model: TinyModel) -> None:
+    results = tiny_model().segment_batch([torch.rand(3, 64, 80) for _ in range(4)])
+    for result in results:
+        owned = result.labels if result.labels.base is None else result.labels.base
+        assert owned.nbytes == result.labels.nbytes
+
+
 def test_an_unknown_dataflow_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(ValueError, match="dataflow"):
         tiny_model().use(dataflow="spiral")

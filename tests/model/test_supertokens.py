@@ -262,6 +262,22 @@ def test_gradients_reach_pixels_and_positions() -> None:
     assert build.cls_token.grad is not None
 
 
+@pytest.mark.parametrize(
+    "level",
+    [
+        [[0, 0, 1], [0, 0, 1]],  # over the border
+        [[1, 0, 0], [0, 0, 0]],  # in parts
+        [[0, 1, 1], [0, 1, 1]],  # not aligned
+        [[2, 2, 2], [2, 2, 2]],  # larger than the picture
+        [[5, 0, 0], [0, 0, 0]],  # larger than the model's
+    ],
+)
+@pytest.mark.parametrize("flow", ["windows", "grid"])
+def test_torn_superpatches_are_refused(level: list[list[int]], flow: str) -> None:
+    with pytest.raises(ValueError, match="partition"):
+        tokeniser()(stacked([torch.randn(3, 16, 24)]), torch.tensor([level]), flow=flow)
+
+
 def test_a_partition_of_other_pictures_is_refused() -> None:
     build = tokeniser()
     pictures = [torch.randn(3, 16, 16), torch.randn(3, 8, 8)]
@@ -270,3 +286,5 @@ def test_a_partition_of_other_pictures_is_refused() -> None:
         build(stacked(pictures), level)
     with pytest.raises(ValueError, match="partition"):
         build(stacked(pictures), partition.uniform([(3, 2), (1, 1)]))
+    with pytest.raises(ValueError, match="partition"):
+        build(stacked(pictures), torch.zeros(2, 2, dtype=torch.int8))

@@ -1,12 +1,16 @@
 """A CNN without its batch norms computes the same, and follows its weights."""
 
 import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
 from operations import Operations
 from support import scramble
+from timm.layers import StdConv2d
 from torch import nn
 
 from tokenstep.config import PolicyConfig
@@ -49,7 +53,7 @@ def test_norms_that_read_something_else_stay() -> None:
     cnn = nn.Sequential(nn.BatchNorm2d(3), shared, nn.BatchNorm2d(3), shared, nn.ReLU()).eval()
     random_norms(cnn)
     image = torch.rand(1, 3, 8, 8)
-    found = folded(cnn, lambda one: one(image))
+    found = folded(cnn, lambda one: [one(image)])
     assert sum(isinstance(one, nn.BatchNorm2d) for one in found.modules()) == 2
     with torch.no_grad():
         assert torch.equal(found(image), cnn(image))
@@ -64,19 +68,21 @@ def policy() -> DCTS:
 
 
 def scores(policy: DCTS, image: torch.Tensor, *, plain: bool = False) -> list[torch.Tensor]:
-    if plain:
-        with torch.no_grad():
-            return policy.score(policy.look(image))
     with torch.inference_mode():
-        return policy(image)
+        return (policy if plain else policy.for_use())(image)
 
 
 def test_a_policy_in_use_follows_its_weights(policy: DCTS) -> None:
     image = torch.rand(1, 3, 64, 64)
-    for change in ("none", "in place", "loaded", "of another dtype"):
+    for change in ("none", "in place", "a part", "a setting", "loaded", "of another dtype"):
         if change == "in place":
             with torch.no_grad():
                 next(policy.trunk.parameters()).mul_(1.5)
+        elif change == "a part":
+            policy.smooth[2] = nn.GELU()
+        elif change == "a setting":
+            policy.smooth[1].eps = 0.5
+            policy.config = dataclasses.replace(policy.config, scale=1.0)
         elif change == "loaded":
             other = copy.deepcopy(policy)
             random_norms(other)
@@ -90,26 +96,65 @@ def test_a_policy_in_use_follows_its_weights(policy: DCTS) -> None:
             assert torch.allclose(ours, theirs, atol=1e-3 * float(theirs.abs().max())), change
 
 
-def test_hooks_on_its_trunk_are_called_whenever_they_come(policy: DCTS) -> None:
+def test_hooks_on_its_parts_are_called_whenever_they_come(policy: DCTS) -> None:
     image, called = torch.rand(1, 3, 64, 64), []
     scores(policy, image)
     hook = policy.trunk.register_forward_hook(lambda *_: called.append(1))
     scores(policy, image)
-    assert called
+    assert called == [1]
     hook.remove()
-    called.clear()
     scores(policy, image)
-    assert not called
+    assert called == [1]
 
 
 def test_it_is_no_part_of_the_policy(policy: DCTS) -> None:
-    before = set(policy.state_dict())
+    before, size = set(policy.state_dict()), len(pickle.dumps(policy))
     scores(policy, torch.rand(1, 3, 64, 64))
-    assert set(policy.state_dict()) == before
-    again = copy.deepcopy(policy)
-    assert torch.equal(
-        scores(again, torch.ones(1, 3, 32, 32))[0], scores(policy, torch.ones(1, 3, 32, 32))[0]
-    )
+    assert set(policy.state_dict()) == before and len(pickle.dumps(policy)) == size
+    again, image = copy.deepcopy(policy), torch.ones(1, 3, 32, 32)
+    assert torch.equal(scores(again, image)[0], scores(policy, image)[0])
+
+
+def test_what_was_made_in_inference_mode_serves_elsewhere(policy: DCTS) -> None:
+    scores(policy, torch.rand(1, 3, 64, 64))
+    lean = policy.for_use()
+    assert lean is not policy and lean.for_use() is lean
+    image = torch.rand(1, 3, 64, 64, requires_grad=True)
+    lean(image)[0].sum().backward()
+    assert image.grad is not None
+    lean.load_state_dict(copy.deepcopy(lean.state_dict()))
+
+
+class TwiceRead(nn.Module):
+    """A norm that is not the only reader of its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.convolution(x)
+        return self.norm(x) + x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        TwiceRead,
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False)),
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)
+        ),
+        lambda: nn.Sequential(StdConv2d(3, 3, 1), nn.BatchNorm2d(3)),
+    ],
+)
+def test_what_cannot_be_folded_stays_as_it_is(make: Callable[[], nn.Module]) -> None:
+    cnn, image = make().eval(), torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        found = folded(cnn, lambda one: [one(image)])
+        assert torch.allclose(found(image), cnn(image), atol=1e-5)
+        assert any(isinstance(one, nn.BatchNorm2d) for one in found.modules())
 
 
 def test_training_goes_through_the_norms(policy: DCTS) -> None:

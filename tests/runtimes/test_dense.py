@@ -35,6 +35,7 @@ def agreement(model: Segmenter, labels: Tensor, images: Tensor) -> float:
         {"stem": "conv"},
         {"policy_features": True, "cells": 4, "stem": "conv"},
         {"cells": 2, "image_size": (64, 64)},
+        {"name": "vit_wee_patch16_reg1_gap_256", "patch": 16, "exits": (1,), "depth": 2},
         {"name": "vit_small_patch14_reg4_dinov2", "patch": 14, "exits": (1,), "depth": 2},
     ],
 )

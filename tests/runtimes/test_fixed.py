@@ -1,5 +1,7 @@
 """The static graph equals the model under the same budget, and is one graph."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TinyModel
@@ -75,15 +77,40 @@ def test_nothing_waits_for_the_host(model: Segmenter) -> None:
     assert not counts.syncs
 
 
-def test_the_model_goes_on_as_it_was(model: Segmenter) -> None:
-    before = set(model.state_dict())
-    FixedGraph(model, BUDGET)
+def test_the_model_goes_on_as_it_was(tiny_model: TinyModel) -> None:
+    model = tiny_model().train()
+    before, modes = set(model.state_dict()), [part.training for part in model.modules()]
+    FixedGraph(model, BUDGET).double()
     assert model.dataflow == "auto" and set(model.state_dict()) == before
+    assert [part.training for part in model.modules()] == modes
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_it_is_made_of_a_model_that_ran_before_and_in_16_bits(tiny_model: TinyModel) -> None:
+    model = tiny_model(cells=2)
+    scramble(model)
+    model.use(precision="bf16")
+    found = model.segment_batch(list(images(2)), budget=BUDGET)
+    with torch.no_grad():
+        labels = exported(model, BUDGET, (60, 90), 2).module()(images(2))
+    expected = torch.stack([torch.from_numpy(one.labels) for one in found])
+    assert (labels != expected).float().mean() < 0.05
+
+
+def test_what_a_tracer_makes_is_not_kept(tiny_model: TinyModel) -> None:
+    model, pictures = tiny_model(), torch.rand(1, 3, 72, 104)
+    with torch.no_grad():
+        torch.export.export(FixedGraph(model, BUDGET), (pictures,), strict=False)
+    model.use(dataflow="grid")
+    (result,) = model.segment_batch(list(pictures), budget=BUDGET)
+    assert result.labels.shape == (72, 104)
 
 
 def test_what_does_not_fit_is_refused(model: Segmenter) -> None:
     with pytest.raises(TokenstepError, match="superpatch size"):
         FixedGraph(model, Budget({8: 0.1}))
+    with pytest.raises(TokenstepError, match="random:share=0.2"):
+        FixedGraph(model, replace(BUDGET, reducers=("random:share=0.2",)))
     with pytest.raises(TokenstepError, match="GPU"):
         graph(model, (60, 90), 1, budget=BUDGET)
 

@@ -14,7 +14,6 @@ from tokenstep.cli.options import (
     MaxLoss,
     Merge,
     ModelName,
-    PrecisionOf,
     Reducers,
     Threads,
     load_model,
@@ -64,7 +63,7 @@ def bench_command(
     reducer: Reducers = None,
     budget: BudgetOf = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
-    precision: PrecisionOf = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Time noise too.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -100,6 +99,8 @@ def bench_command(
     if not force:
         _refuse_noise(paths)
     if backbone is None:
+        if halt is not None:
+            raise TokenstepError("--halt: is of --backbone, whose exits are random")
         asked = Asked(False, max_loss, merge, exits, reducer, budget)
         spending, point = asked.of(network)
         spendings = [spending]
@@ -150,10 +151,12 @@ def _with_backbone(
         raise TokenstepError("--backbone: give --exits BLOCKS and --halt SHARES together")
     if exits is None or halt is None:
         return with_backbone(model, name)
-    after, shares = numbers("--exits", exits, "blocks such as 12,18"), numbers("--halt", halt)
+    if not all(part.strip().isdecimal() for part in exits.split(",")):
+        raise TokenstepError(f"--exits {exits}: give blocks such as 12,18")
+    after, shares = [int(part) for part in exits.split(",")], numbers("--halt", halt)
     if len(after) != len(shares) or not all(0 < share < 1 for share in shares):
         raise TokenstepError(f"--halt {halt}: give a share between 0 and 1 for each of {exits}")
-    return with_backbone(model, name, [int(block) for block in after])
+    return with_backbone(model, name, after)
 
 
 def _of_backbone(

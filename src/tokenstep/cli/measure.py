@@ -15,7 +15,6 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Names,
-    PrecisionOf,
     Reducers,
     Threads,
     load_model,
@@ -49,7 +48,7 @@ def evaluate_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
     ] = None,
-    precision: PrecisionOf = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:

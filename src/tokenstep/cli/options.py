@@ -22,7 +22,7 @@ PrecisionOf = Annotated[
     typer.Option(
         "--precision",
         metavar="|".join(get_args(Precision)),
-        help="16 bits where the device has arithmetic of it. [fp32 on CPUs, auto on GPUs]",
+        help="16 bits where the device has arithmetic of it; by itself a GPU runs at auto.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given.")]

@@ -19,18 +19,21 @@ def resampled(maps: Tensor, grid: Grid) -> Tensor:
     if (height, width) == grid:
         return maps
     table = maps[0].permute(1, 2, 0).float()
-    rows: Tensor = torch.tensordot(_weights(height, grid[0], maps.device), table, 1)
-    scaled = _weights(width, grid[1], maps.device) @ rows
+    # What a tracer makes is not kept: it has no numbers.
+    weights = _weights if torch.compiler.is_compiling() else _kept_weights
+    rows: Tensor = torch.tensordot(weights(height, grid[0], maps.device), table, 1)
+    scaled = weights(width, grid[1], maps.device) @ rows
     return scaled.permute(2, 0, 1)[None].to(maps.dtype)
 
 
-@lru_cache(maxsize=32)
 def _weights(old: int, new: int, device: torch.device) -> Tensor:
     """How resampling mixes ``old`` places into ``new`` ones along an axis, ``(new, old)``.
 
     Of two equal columns, since torch's kernel (2.15, CPU) repeats the first row of a single one.
     """
-    with torch.inference_mode(False), torch.no_grad():  # kept for later, with gradients or without
-        places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
-        mixed: Tensor = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
-        return mixed[0, :, :, 0].t()
+    places = torch.eye(old, device=device).view(1, old, old, 1).expand(1, old, old, 2)
+    mixed: Tensor = F.interpolate(places.contiguous(), (new, 2), mode="bicubic", antialias=True)
+    return mixed[0, :, :, 0].t()
+
+
+_kept_weights = lru_cache(maxsize=32)(torch.inference_mode(False)(_weights))

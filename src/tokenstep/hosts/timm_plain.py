@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tokenstep.config import VitConfig
 from tokenstep.core.partition import Grid
-from tokenstep.hosts.timm_build import build_vit
+from tokenstep.hosts.timm_build import BEHIND, build_vit
 from tokenstep.hosts.timm_embed import LinearEmbed
 from tokenstep.hosts.timm_vit import TimmViT
 
@@ -35,5 +35,8 @@ def plain_vit(config: VitConfig, stem: Any, trunk: nn.Module, grid: Grid) -> nn.
         if host.prefix_has_position:
             table = torch.cat([cast(Tensor, stem.pos_embed)[:, : host.prefix], table], dim=1)
         state["pos_embed"] = table.detach()
-    vit.load_state_dict(state)
+    # What lies behind the encoder is not used: features are read before it.
+    missing = vit.load_state_dict(state, strict=False).missing_keys
+    if any(not name.startswith(BEHIND) for name in missing):
+        raise RuntimeError(f"timm's model has parts that the host lacks: {missing}")
     return vit.to(next(trunk.parameters())).eval()

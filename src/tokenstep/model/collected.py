@@ -33,7 +33,7 @@ def collected(segmented: Segmented) -> tuple[list[NDArray[np.uint8]], CellMaps]:
     )
     require_finite(segmented, bool(finite))
     found = {
-        place: np.ascontiguousarray(one)
+        place: one.copy()  # not a part of the batch's memory
         for stack, maps in zip(stacks, labels, strict=True)
         for place, one in zip(stack.places, maps, strict=True)
     }

@@ -27,7 +27,9 @@ def embed(stem: Stem, pixels: Tensor, where: Superpatches, seen: Tensor | None) 
     ``seen (B, channels, H, W)`` is what the policy made of the pictures, if the tokens get it.
     """
     levels = min(where.highest, min(where.grid).bit_length() - 1) + 1
-    places, count = pyramid_places(where.grid, levels, pixels.device)
+    # What a tracer makes is not kept: it has no numbers.
+    make = pyramid_places if torch.compiler.is_compiling() else _kept_places
+    places, count = make(where.grid, levels, pixels.device)
     # (n,) each: the place in the pyramid of a picture, and in those of all
     place = places[where.level, where.cell]
     row = torch.add(place, where.picture, alpha=count)
@@ -42,20 +44,21 @@ def embed(stem: Stem, pixels: Tensor, where: Superpatches, seen: Tensor | None) 
     return x if positions is None else x + _flat(_pooled(positions, levels))[place]
 
 
-@lru_cache(maxsize=16)
 def pyramid_places(grid: Grid, levels: int, device: torch.device) -> tuple[Tensor, int]:
     """Place of the superpatch of each level over each cell, ``(levels, H * W)``; their number.
 
     A pyramid has its levels one after the other, from single patches up, each row by row.
     """
-    with torch.inference_mode(False):  # kept for later, with gradients or without
-        rows, columns = (torch.arange(side, device=device) for side in grid)
-        places, count = [], 0
-        for level in range(levels):
-            height, width = grid[0] >> level, grid[1] >> level
-            places.append(count + (rows[:, None] >> level) * width + (columns >> level))
-            count += height * width
-        return torch.stack(places).flatten(1), count
+    rows, columns = (torch.arange(side, device=device) for side in grid)
+    places, count = [], 0
+    for level in range(levels):
+        height, width = grid[0] >> level, grid[1] >> level
+        places.append(count + (rows[:, None] >> level) * width + (columns >> level))
+        count += height * width
+    return torch.stack(places).flatten(1), count
+
+
+_kept_places = lru_cache(maxsize=16)(torch.inference_mode(False)(pyramid_places))
 
 
 def _canvases(stem: Stem, pixels: Tensor, where: Superpatches, levels: int) -> Iterator[Tensor]:

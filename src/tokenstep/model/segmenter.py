@@ -112,15 +112,16 @@ class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation
         sizes = sizes_of(normal)
         flow = flow_for(self.dataflow, self.device)
         whole, context = DATAFLOWS[flow].whole, self.tokenise.context is not None
-        looks = policy_features(self.policy, normal, whole=whole) if plan or context else []
+        policy = self.policy if self.training else self.policy.for_use()
+        looks = policy_features(policy, normal, whole=whole) if plan or context else []
         finite = counts = None
         if partition is None:
-            partition, finite = partition_by(self.policy, normal, looks, plan)
+            partition, finite = partition_by(policy, normal, looks, plan)
             counts = tokens_known(spending, [grid_of(size, self.patch) for size in sizes])
         if unmerged is not None:
             kept, counts = unmerged.view(-1, 1, 1), None
             partition = torch.where(kept, partition.clamp(max=0), partition)
-        seen = features_on_grids(self.policy, looks) if context else None
+        seen = features_on_grids(policy, looks) if context else None
         tokens = self.tokenise(normal, partition, seen, finite=finite, counts=counts, flow=flow)
         own = reducers_of(spending, self.exits, self.config.temperatures, whole=whole)
         tokens, trace = self.encoder(tokens, [*reducers, *own])
@@ -141,8 +142,9 @@ class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation
         """The policy's partition ``(B, H, W)`` of pictures ``(3, h, w)``, without segmenting."""
         plan = plan_of(spending, self.config.policy.sizes)
         normal = self.normalise(pictures)
-        looks = policy_features(self.policy, normal) if plan else []
-        partition, finite = partition_by(self.policy, normal, looks, plan)
+        policy, whole = self.policy.for_use(), DATAFLOWS[flow_for(self.dataflow, self.device)].whole
+        looks = policy_features(policy, normal, whole=whole) if plan else []
+        partition, finite = partition_by(policy, normal, looks, plan)
         require_finite(finite is None or bool(finite))
         return partition
 
@@ -274,7 +276,7 @@ class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation
         flow_for(dataflow, self.device)
         if precision is not None:
             dtype = dtype_for(precision, self.device)
-            if dtype != self.dtype != torch.float32:
+            if dtype != self.dtype and self.dtype.itemsize < 4:
                 raise ValueError(
                     f"the weights are {name_of(self.dtype)} already: load the model anew for "
                     f"{name_of(dtype)}"

@@ -86,6 +86,8 @@ class Tokeniser(nn.Module):
         if (context is None) != (self.context is None):
             raise ValueError("context must be given just where the model uses policy features")
         grids = [grid_of(size, self.patch) for size in sizes_of(groups)]
+        if level.shape != uniform(grids, torch.device("meta")).shape:
+            raise self._misfit(level, grids)
         level, prefix = level.long(), self.prefix_count
         owner = owners(level)
         cells = torch.arange(owner.numel(), device=owner.device).view_as(owner)
@@ -94,7 +96,11 @@ class Tokeniser(nn.Module):
         rows = speaks.sum(1)
         cells_of = tuple(height * width for height, width in grids)
         if counts is None:
-            lengths = self._lengths(rows, grids, level, finite)
+            wrong = ~finite if finite is not None else self._wrong(level, owner, speaks, grids)
+            lengths = self._lengths(rows, wrong)
+            require_finite(finite is None or bool(lengths))
+            if not lengths:
+                raise self._misfit(level, grids)
         else:
             lengths = [prefix + count for count in counts]
         segments = Segments(offsets_of(rows), tuple(lengths))
@@ -137,27 +143,29 @@ class Tokeniser(nn.Module):
             begin += len(own)
         return torch.cat([part.to(table[-1].dtype) for part in table])[source]
 
-    def _lengths(
-        self, counts: Tensor, grids: Sequence[Grid], level: Tensor, finite: Tensor | None
-    ) -> list[int]:
-        """Rows of each picture; the trip to the host that they take brings back any fault too."""
-        fault = ValueError(
-            f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches, or has "
-            f"larger superpatches than {1 << self.highest} patches a side"
-        )
-        if finite is None:
-            inside = uniform(grids, level.device) >= 0
-            if inside.shape != level.shape:
-                raise fault
-            wrong = (((level >= 0) != inside) | (level > self.highest)).any()
-        else:
-            wrong = ~finite
+    def _lengths(self, counts: Tensor, wrong: Tensor) -> list[int]:
+        """Rows of each picture, in one trip to the host; none if it brings back a fault."""
         lengths: list[int]
         *lengths, faults = torch.cat([counts, wrong.unsqueeze(0)]).tolist()
-        require_finite(finite is None or not faults)
-        if faults:
-            raise fault
-        return lengths
+        return [] if faults else lengths
+
+    def _wrong(self, level: Tensor, owner: Tensor, speaks: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Whether a partition is none of these grids, as ``()`` bool where it lies.
+
+        Superpatches are whole, and cover the cells of each picture and no others.
+        """
+        inside = uniform(grids, level.device) >= 0
+        first = speaks[:, self.prefix_count :].view_as(level)
+        area = torch.where(first & inside, 1 << 2 * level.clamp(min=0), 0).sum()
+        torn = inside & (level.flatten()[owner] != level)
+        misfit = ((level >= 0) != inside) | torn | (level > self.highest)
+        return misfit.any() | (area != inside.sum())
+
+    def _misfit(self, level: Tensor, grids: Sequence[Grid]) -> ValueError:
+        return ValueError(
+            f"the partition {tuple(level.shape)} does not fit pictures of {grids} patches, or has "
+            f"superpatches that are torn or larger than {1 << self.highest} patches a side"
+        )
 
 
 @dataclass(frozen=True, slots=True)

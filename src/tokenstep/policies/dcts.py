@@ -20,7 +20,7 @@ from tokenstep.data.pretrained import Published, WeightFile, load_into
 from tokenstep.errors import TokenstepError
 from tokenstep.policies.base import Policy
 from tokenstep.policies.cnn_cost import Growth, count_at, growth_of
-from tokenstep.policies.folded import folded, state_of
+from tokenstep.policies.folded import folded, has_hooks, state_of
 
 STRIDE = 32  # the picture is padded to whole strides, so that every trunk's maps line up
 
@@ -71,30 +71,39 @@ class DCTS(Policy):
 
     def features(self, images: Tensor) -> PolicyFeatures:
         """Run the CNN on ``images (B, 3, h, w)``, normalised."""
-        plain = self.is_folded or self.training or torch.is_grad_enabled()
-        return (self if plain else self.for_use()).look(images)
-
-    def for_use(self) -> "DCTS":
-        """The same without batch norms, made anew whenever a weight or a hook has changed."""
-        if self.is_folded:
-            return self
-        state = state_of(self)
-        if self._folded is None or self._folded[0] != state:
-            self._folded = None  # not copied along
-            stride = next(self.parameters()).new_zeros(1, 3, STRIDE, STRIDE)
-            lean = folded(self, lambda copied: copied.look(stride))
-            lean.is_folded = True
-            self._folded = (state, lean)
-        return self._folded[1]
-
-    def look(self, images: Tensor) -> PolicyFeatures:
-        """:meth:`features` by these very modules, norms and all."""
         grid = grid_of(images.shape[2:], self.patch)
         whole = self.whole(grid)
         read = self.read(images, whole)
         # Channels last in memory, as is then all that the CNN makes of it: on a CPU half the time.
         maps = list(self.trunk(read.contiguous(memory_format=torch.channels_last)))
         return PolicyFeatures(maps, self.fuse(maps, whole), grid, whole)
+
+    def for_use(self) -> "DCTS":
+        """The same without batch norms, made anew whenever a part or a weight has changed.
+
+        It is itself where somebody listens to a part by a hook.
+        """
+        if self.is_folded or has_hooks(self):
+            return self
+        state, known = (state_of(self), id(self.config)), self._folded
+        if known is not None and known[0] == state:
+            return known[1]
+        weight = next(self.parameters())
+        drawn = torch.Generator().manual_seed(0)
+        picture = torch.rand(1, 3, 2 * STRIDE, 2 * STRIDE, generator=drawn)
+
+        def run(copied: DCTS) -> list[Tensor]:
+            seen = copied.features(picture.to(weight))
+            return [*seen.maps, seen.fused]
+
+        lean = folded(self, run)
+        lean.is_folded = True
+        self._folded = (state, lean)
+        return lean
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or pickled: all but what :meth:`for_use` makes."""
+        return {**self.__dict__, "_folded": None}
 
     def score(self, features: PolicyFeatures) -> list[Tensor]:
         """Logit maps of :meth:`forward` from the features."""

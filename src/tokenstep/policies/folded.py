@@ -6,7 +6,7 @@ third of an EfficientNet-Lite0's operations are norms.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,27 +16,46 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 Cnn = TypeVar("Cnn", bound=nn.Module)
 
 
-@torch.no_grad()
-def folded(cnn: Cnn, run: Callable[[Cnn], object]) -> Cnn:
+PLAIN = ("Conv2d", "Conv2dSame")  # convolutions that use their weight as it is
+CLOSE = 1e-3  # of the largest number, how far what a folded CNN makes may be from the original's
+
+
+def folded(cnn: Cnn, run: Callable[[Cnn], Sequence[Tensor]]) -> Cnn:
     """A copy of ``cnn`` in eval mode, without the norms that read a convolution's output.
 
-    ``run`` runs it on any picture, which shows what each norm reads.
+    ``run`` runs it on some picture, which shows what each norm reads. Where the copy does not make
+    the same of it, since something else reads what a norm reads, all norms stay.
     """
-    found = copy.deepcopy(cnn).eval()
-    names = {module: name for name, module in found.named_modules()}
-    for norm, convolution in _reads(found, lambda: run(found)).items():
-        _fold(convolution, norm)
-        parent, _, name = names[norm].rpartition(".")
-        # timm's norms bring an activation along.
-        setattr(found.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
-    return found
+    # Kept for later, with gradients or without.
+    with torch.inference_mode(False), torch.no_grad():
+        plain = copy.deepcopy(cnn).eval()
+        found = copy.deepcopy(plain)
+        names = {module: name for name, module in found.named_modules()}
+        for norm, convolution in _reads(found, lambda: run(found)).items():
+            _fold(convolution, norm)
+            parent, _, name = names[norm].rpartition(".")
+            # timm's norms bring an activation along.
+            setattr(found.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
+        alike = all(
+            torch.allclose(ours, theirs, rtol=0, atol=CLOSE * float(theirs.abs().max()))
+            for ours, theirs in zip(run(found), run(plain), strict=True)
+        )
+        return found if alike else plain
 
 
 def state_of(module: nn.Module) -> Hashable:
-    """What differs as soon as a weight of ``module`` or a hook on it does."""
+    """What differs as soon as a part or a weight of ``module`` does.
+
+    It does not see what is written through ``.data``, nor in place in inference mode.
+    """
     weights = (*module.parameters(), *module.buffers())
-    hooks = (len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
-    return sum(hooks), *((one.data_ptr(), one.dtype, _version(one)) for one in weights)
+    parts = ((id(one), getattr(one, "eps", None)) for one in module.modules())
+    return *parts, *((one.data_ptr(), one.dtype, _version(one)) for one in weights)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to a part of ``module``."""
+    return any(one._forward_hooks or one._forward_pre_hooks for one in module.modules())
 
 
 def _version(tensor: Tensor) -> int:
@@ -49,9 +68,9 @@ def _reads(cnn: nn.Module, run: Callable[[], object]) -> dict[nn.BatchNorm2d, nn
     reads: list[tuple[nn.BatchNorm2d, Tensor]] = []
     hooks: list[Any] = []
     for module in cnn.modules():
-        if isinstance(module, nn.Conv2d):
+        if type(module).__name__ in PLAIN:
             hooks.append(module.register_forward_hook(lambda one, _, out: made.append((out, one))))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
             hooks.append(
                 module.register_forward_pre_hook(lambda one, read: reads.append((one, read[0])))
             )

@@ -4,8 +4,8 @@ It is the model's own forward. The same budget leaves as many tokens of every pi
 nothing waits for the host, and the graph can be exported, compiled, or captured on a GPU.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,23 @@ WARM_UP = 3  # runs before a capture: libraries choose their kernels in the firs
 class FixedGraph(nn.Module):
     """A segmenter under one budget: ``(B, 3, h, w)`` float in 0..1 -> label maps ``(B, h, w)``.
 
-    Label maps are uint8. Nothing is checked: NaN in the weights gives wrong classes.
+    Label maps are uint8. Nothing is checked: NaN in the weights gives wrong classes. The weights
+    are those of the moment, copied.
+
+    Raises:
+        TokenstepError: the budget does not fit the model, or names reducers.
     """
 
     def __init__(self, model: Segmenter, budget: Budget) -> None:
         super().__init__()
         model.config.check(budget)
-        self.model = Segmenter(model.config, replace(model.parts, policy=model.policy.for_use()))
-        self.model.to(model.device).eval()
+        if budget.reducers:
+            raise TokenstepError(
+                f"a budget with {', '.join(budget.reducers)}: what such reducers leave is not "
+                "known beforehand; leave them out of the graph"
+            )
+        self.model = copy.deepcopy(model).eval()
+        self.model.policy = self.model.policy.for_use()
         self.model.dataflow = "grid"
         self.budget = budget
 
@@ -52,7 +61,6 @@ def exported(
     fixed = FixedGraph(model, budget)
     images = torch.rand(batch, 3, *size, device=model.device)
     with torch.no_grad():
-        fixed(images)  # what is kept between calls is made now, of real numbers
         return torch.export.export(fixed, (images,), strict=False)
 
 
@@ -94,6 +102,8 @@ def graph(
         )
 
     def replay(pictures: Tensor) -> Tensor:
+        if pictures.shape != images.shape:
+            raise ValueError(f"the graph is of {tuple(images.shape)}, got {tuple(pictures.shape)}")
         images.copy_(pictures)
         captured.replay()
         return labels
