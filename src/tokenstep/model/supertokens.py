@@ -96,8 +96,8 @@ class Tokeniser(nn.Module):
         rows = speaks.sum(1)
         cells_of = tuple(height * width for height, width in grids)
         if counts is None:
-            wrong = ~finite if finite is not None else self._wrong(level, owner, speaks, grids)
-            lengths = self._lengths(rows, wrong)
+            sound = self._fits(level, owner, speaks, grids) if finite is None else finite
+            lengths = self._lengths(rows, sound)
             require_finite(finite is None or bool(lengths))
             if not lengths:
                 raise self._misfit(level, grids)
@@ -143,14 +143,14 @@ class Tokeniser(nn.Module):
             begin += len(own)
         return torch.cat([part.to(table[-1].dtype) for part in table])[source]
 
-    def _lengths(self, counts: Tensor, wrong: Tensor) -> list[int]:
-        """Rows of each picture, in one trip to the host; none if it brings back a fault."""
+    def _lengths(self, counts: Tensor, sound: Tensor) -> list[int]:
+        """Rows of each picture, in one trip to the host; none if it says that all is not sound."""
         lengths: list[int]
-        *lengths, faults = torch.cat([counts, wrong.unsqueeze(0)]).tolist()
-        return [] if faults else lengths
+        *lengths, good = torch.cat([counts, sound.unsqueeze(0)]).tolist()
+        return lengths if good else []
 
-    def _wrong(self, level: Tensor, owner: Tensor, speaks: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Whether a partition is none of these grids, as ``()`` bool where it lies.
+    def _fits(self, level: Tensor, owner: Tensor, speaks: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Whether a partition is one of these grids, as ``()`` bool where it lies.
 
         Superpatches are whole, and cover the cells of each picture and no others.
         """
@@ -159,7 +159,7 @@ class Tokeniser(nn.Module):
         area = torch.where(first & inside, 1 << 2 * level.clamp(min=0), 0).sum()
         torn = inside & (level.flatten()[owner] != level)
         misfit = ((level >= 0) != inside) | torn | (level > self.highest)
-        return misfit.any() | (area != inside.sum())
+        return ~misfit.any() & (area == inside.sum())
 
     def _misfit(self, level: Tensor, grids: Sequence[Grid]) -> ValueError:
         return ValueError(
