@@ -30,10 +30,9 @@ def random_norms(module: nn.Module) -> None:
     """Give norms statistics and scales that no identity has."""
     scramble(module)
     for one in module.modules():
-        if isinstance(one, nn.BatchNorm2d):
-            if one.track_running_stats:
-                one.running_mean.normal_(std=0.3)
-                one.running_var.uniform_(0.5, 2.0)
+        if isinstance(one, nn.BatchNorm2d) and one.track_running_stats:
+            one.running_mean.normal_(std=0.3)
+            one.running_var.uniform_(0.5, 2.0)
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
