@@ -18,7 +18,6 @@ from tokenstep.errors import TokenstepError
 from tokenstep.hub import load
 from tokenstep.measure.calibrate import (
     best_threshold,
-    budget_of,
     calibrate,
     combinations,
     contenders,
@@ -30,6 +29,7 @@ from tokenstep.measure.calibrate import (
 from tokenstep.measure.quality import Method
 from tokenstep.measure.quality import measure as measure_methods
 from tokenstep.measure.settings import Search
+from tokenstep.measure.shares import budget_of
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.segmenter import Segmenter
 
@@ -260,7 +260,7 @@ def test_the_shares_of_a_budget_never_sum_to_more_than_all() -> None:
     """Two thirds and a third, rounded each for itself, would."""
     for thirds in ((1 / 3, 2 / 3), (2 / 3, 1 / 3), (0.113208, 0.886792)):
         shares = {"merge": dict(zip(("2", "4"), thirds, strict=True)), "exits": {}}
-        budget = budget_of({"shares": shares}, Thresholds())
+        budget = budget_of(shares, Thresholds())
         assert 1 - 3e-5 < sum(budget.merge.values()) <= 1
 
 

@@ -1,10 +1,13 @@
 """Pictures of one size go through the pipeline together, stacked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,17 @@ def stacked(pictures: Tensor | Sequence[Tensor]) -> list[SameSize]:
 
 def sizes_of(groups: Sequence[SameSize]) -> list[tuple[int, int]]:
     """Size (h, w) of each picture of a batch, in their order."""
-    sizes = {place: group.size for group in groups for place in group.places}
-    return [sizes[place] for place in range(len(sizes))]
+    return in_order(groups, ([group.size] * len(group.places) for group in groups))
+
+
+def in_order(groups: Sequence[SameSize], stacks: Iterable[Iterable[T]]) -> list[T]:
+    """What ``stacks`` hold of the pictures of each group, in the order of the batch."""
+    found = {
+        place: one
+        for group, stack in zip(groups, stacks, strict=True)
+        for place, one in zip(group.places, stack, strict=True)
+    }
+    return [found[place] for place in range(len(found))]
 
 
 def rows_at(values: Tensor, places: Sequence[int]) -> Tensor:

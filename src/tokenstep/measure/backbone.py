@@ -1,6 +1,5 @@
 """A large ViT with random weights under a real policy: how fast STEP would run on it."""
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from tokenstep.config import DENSE, Budget, Thresholds, VitConfig
 from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.errors import TokenstepError
+from tokenstep.measure.shares import Shares, budget_of
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.base import Site, Turn
 from tokenstep.reducers.exit_heads import ExitHeads, confidence_of
@@ -65,17 +65,11 @@ def halting(
 @torch.inference_mode()
 def budget_like(model: Segmenter, pictures: Sequence[Tensor], thresholds: Thresholds) -> Budget:
     """The budget that spends on every picture what ``thresholds`` spend on average."""
-    merged: defaultdict[int, float] = defaultdict(float)
-    halted: defaultdict[int, float] = defaultdict(float)
+    shares = Shares()
     for picture in pictures:
         (result,) = model.segment_batch([picture], thresholds=thresholds)
-        use = result.tokens
-        for level, cells in Counter(use.level.ravel().tolist()).items():
-            if level:
-                merged[1 << level] += cells / use.grid / len(pictures)
-        for after, tokens in use.halted.items():
-            halted[after] += tokens / use.grid / len(pictures)
-    return Budget(dict(merged), dict(halted), spare=thresholds.spare)
+        shares.add(result.tokens)
+    return budget_of(shares.report(), thresholds)
 
 
 class _Confidences:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenstep.config import DENSE, Budget, MeasuredBudget, OperatingPoint, Thresholds
+from tokenstep.config import DENSE, MeasuredBudget, OperatingPoint, Thresholds
 from tokenstep.core.partition import padded_labels, purity
 from tokenstep.data.check import SOUND, require_sound
 from tokenstep.data.digests import FILES, digests_of
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
-from tokenstep.from_dict import from_dict
 from tokenstep.measure.measurement_cache import MeasurementCache
 from tokenstep.measure.reliability import fit_exits
 from tokenstep.measure.settings import Search
+from tokenstep.measure.shares import budget_of
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.policies.batch import homogeneity, policy_features
 
@@ -136,7 +136,7 @@ def add_budgets(
     points = []
     for index, point in enumerate(model.config.points):
         progress("budgets", index, len(model.config.points))
-        budget = budget_of(reports[point.thresholds], point.thresholds)
+        budget = budget_of(reports[point.thresholds]["shares"], point.thresholds)
         report = cache.measure(budget, folder)
         fixed = MeasuredBudget(
             budget=budget,
@@ -146,20 +146,6 @@ def add_budgets(
         )
         points.append(dataclasses.replace(point, fixed=fixed))
     model.config = dataclasses.replace(model.config, points=tuple(points))
-
-
-def budget_of(report: dict[str, Any], thresholds: Thresholds) -> Budget:
-    """The budget whose shares are the means of the report of ``thresholds``."""
-    # Cut off, not rounded: shares that fill the grid would sum to more than all of it.
-    shares = {
-        part: {
-            key: int(1e5 * share) / 1e5 for key, share in report["shares"][part].items() if share
-        }
-        for part in ("merge", "exits")
-    }
-    shares["merge"].pop("1", None)  # patches that stay alone
-    other = {"spare": thresholds.spare, "reducers": thresholds.reducers}
-    return from_dict(Budget, shares | other, "budget")
 
 
 def combinations(

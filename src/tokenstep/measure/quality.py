@@ -1,7 +1,6 @@
 """What a model scores and costs on labelled pictures, with one method or several in turn."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.metrics import Tally
 from tokenstep.measure.settings import PartitionSource
+from tokenstep.measure.shares import Shares
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword
@@ -145,20 +145,15 @@ class MethodSums:
     def __init__(self, classes: int) -> None:
         self.tally = Tally(classes)
         self.pictures: list[dict[str, float]] = []
-        self.merged: defaultdict[int, float] = defaultdict(float)  # shares of a grid, by side
-        self.halted: defaultdict[int, float] = defaultdict(float)  # tokens over patches, by exit
+        self.shares = Shares()
 
     def add(self, result: Result, label: Tensor) -> None:
         """Count one picture, whose labels are ``label (h, w)``."""
         self.tally.add(torch.from_numpy(result.labels), label)
-        grid = result.tokens.grid
-        for level, cells in Counter(result.tokens.level.flatten().tolist()).items():
-            self.merged[1 << level] += cells / grid
-        for after, tokens in result.tokens.halted.items():
-            self.halted[after] += tokens / grid
+        self.shares.add(result.tokens)
         self.pictures.append(
             {
-                "grid": grid,
+                "grid": result.tokens.grid,
                 "start": result.tokens.start,
                 "end": result.tokens.end,
                 "halted": sum(result.tokens.halted.values()),
@@ -191,11 +186,7 @@ class MethodSums:
                 "p95": float(np.percentile(column["start"], 95)),
             },
             "halted_share": mean["halted"] / mean["start"],
-            "shares": {"merge": self._shares(self.merged), "exits": self._shares(self.halted)},
+            "shares": self.shares.report(),
             "gmac": {"total": mean["gmac"], "policy": mean["policy"]},
             "seconds": mean["seconds"],
         }
-
-    def _shares(self, sums: Mapping[int, float]) -> dict[str, float]:
-        """Means per picture of shares of a grid, with keys as JSON has them."""
-        return {str(key): sums[key] / len(self.pictures) for key in sorted(sums)}

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenstep.core.same_size import in_order
 from tokenstep.core.unmerge import ends_of_tokens
 from tokenstep.model.label_map import are_finite, class_maps, require_finite
 from tokenstep.model.segmented import CellMaps, Segmented
@@ -32,12 +33,9 @@ def collected(segmented: Segmented) -> tuple[list[NDArray[np.uint8]], CellMaps]:
         ]
     )
     require_finite(segmented, bool(finite))
-    found = {
-        place: one.copy()  # not a part of the batch's memory
-        for stack, maps in zip(stacks, labels, strict=True)
-        for place, one in zip(stack.places, maps, strict=True)
-    }
-    return [found[place] for place in range(len(found))], CellMaps(level, end, owner)
+    # Copies, not parts of the batch's memory.
+    maps = [one.copy() for one in in_order(stacks, labels)]
+    return maps, CellMaps(level, end, owner)
 
 
 def to_host(parts: Sequence[Tensor]) -> list[NDArray[Any]]:

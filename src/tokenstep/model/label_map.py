@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokenstep.core.same_size import SameSize
+from tokenstep.core.same_size import SameSize, in_order
 from tokenstep.errors import TokenstepError
 from tokenstep.model.dataflow import DATAFLOWS
 from tokenstep.model.segmented import Segmented
@@ -17,12 +17,8 @@ def label_maps(segmented: Segmented) -> list[Tensor]:
         TokenstepError: the logits are not finite.
     """
     require_finite(segmented, bool(are_finite(segmented)))
-    found = {
-        place: labels
-        for stack in class_maps(segmented)
-        for place, labels in zip(stack.places, stack.pixels, strict=True)
-    }
-    return [found[place] for place in range(len(found))]
+    stacks = class_maps(segmented)
+    return in_order(stacks, (stack.pixels for stack in stacks))
 
 
 def class_maps(segmented: Segmented) -> list[SameSize]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
-from tokenstep.hosts.timm_embed import ConvEmbed, LinearEmbed
 from tokenstep.hosts.timm_plain import plain_vit
 from tokenstep.model.decoder import LinearDecoder
 from tokenstep.model.segmenter import Segmenter
@@ -62,47 +61,29 @@ class DenseGraph(nn.Module):
         model = self.model
         mean, std = cast(Tensor, model.normalise.mean), cast(Tensor, model.normalise.std)
         normal = (images.to(mean.dtype) - mean) / std
-        prefix = model.tokenise.prefix_count
+        stem, prefix = model.tokenise, model.tokenise.prefix_count
+        head = cast(LinearDecoder, model.decoder).linear
+        canvas = self.canvas(normal)
         if self.vit is not None:
-            bottom, right = (
-                cells * model.patch - side for cells, side in zip(self.grid, self.size, strict=True)
-            )
-            canvas = (
-                F.pad(normal, (0, right, 0, bottom), mode="replicate")
-                if bottom or right
-                else normal
-            )
-            x = cast(Any, self.vit).forward_features(canvas)[:, prefix:]
-            return self.labels(cast(LinearDecoder, model.decoder).linear(x))
-        x = self.embedded(normal)
-        if model.tokenise.context is not None:
+            return self.labels(head(cast(Any, self.vit).forward_features(canvas)[:, prefix:]))
+        x = stem.host.embed_grid(stem, canvas).flatten(1, 2)
+        if stem.context is not None:
             seen = self.policy.on_grid(self.policy.features(normal))
-            x = x + model.tokenise.context(seen.flatten(2).transpose(1, 2))
+            x = x + stem.context(seen.flatten(2).transpose(1, 2))
         x = F.pad(x, (0, 0, prefix, 0)) + cast(Tensor, self.table)
-        x = model.tokenise.host.enter(model.tokenise, x)
+        x = stem.host.enter(stem, x)
         for block in cast(nn.Sequential, model.encoder.blocks):
             x = block(x)
-        x = model.encoder.host.norm(model.encoder, x)[:, prefix:]
-        return self.labels(cast(LinearDecoder, model.decoder).linear(x))
+        return self.labels(head(model.encoder.host.norm(model.encoder, x)[:, prefix:]))
 
-    def embedded(self, normal: Tensor) -> Tensor:
-        """Patch embeddings ``(B, H * W, D)``; windows that overlap share their convolutions."""
-        embed, patch = self.model.tokenise.embed, self.model.patch
+    def canvas(self, normal: Tensor) -> Tensor:
+        """Pictures filled up to whole patches, and the stem's margin around them."""
+        patch, margin = self.model.patch, self.model.tokenise.margin
         bottom, right = (
             cells * patch - side for cells, side in zip(self.grid, self.size, strict=True)
         )
-        margin = self.model.tokenise.margin
         edges = (margin, right + margin, margin, bottom + margin)
-        canvas = F.pad(normal, edges, mode="replicate") if max(edges) else normal
-        if isinstance(embed, LinearEmbed):
-            x = F.conv2d(canvas, embed.proj.weight, embed.proj.bias, stride=patch)
-            return cast(Tensor, embed.norm(x.flatten(2).transpose(1, 2)))
-        layers = list(cast(ConvEmbed, embed).layers)
-        x = layers[3](layers[2](layers[1](layers[0](canvas))))
-        # The layer that reads the 3 x 3 positions of a patch, as a convolution over all of them.
-        linear = cast(nn.Linear, layers[5])
-        x = F.conv2d(x, linear.weight.view(len(linear.weight), -1, 3, 3), linear.bias, stride=2)
-        return cast(Tensor, layers[6](x.flatten(2).transpose(1, 2)))
+        return F.pad(normal, edges, mode="replicate") if max(edges) else normal
 
     def labels(self, logits: Tensor) -> Tensor:
         """``logits (B, H * W, S * C)`` -> ``(B, h, w)`` uint8."""
