@@ -14,7 +14,7 @@ from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.compare import KINDS, compare, figure, kind_of, markdown, oracle_tolerance
 from tokenstep.measure.quality import Method, measure
-from tokenstep.measure.rivals import strength_at
+from tokenstep.measure.rivals import RIVALS, strength_at
 from tokenstep.model.segmenter import Segmenter
 
 SETTINGS = Thresholds(merge=(0.4, 0.4), exits=(0.34, 0.34), spare=1)
@@ -126,13 +126,13 @@ def test_rivals_cost_what_step_costs_or_say_that_they_cannot(
     rows = compare(model, folder, SETTINGS, rivalled=[SETTINGS])
     step = next(row for row in rows if row["method"] == "STEP")
     found = {row["method"]: row for row in rows if " GMAC" in row["method"]}
-    for name in ("ToMe", "EViT, fused", "EViT, dropped", "random drop", "CTS", "random partition"):
+    for name in [*RIVALS, "random partition"]:
         assert any(method.startswith(name) for method in found), name
     for method, row in found.items():
         assert kind_of(row) in ("other reducers", "other partitions"), method
         if "partition" not in method and "nearest" not in method:
-            # costs are matched on two of the three pictures, which differ in size
-            assert row["gmac"]["total"] == pytest.approx(step["gmac"]["total"], rel=0.1), method
+            # costs are matched on two of the three pictures, which differ in size and content
+            assert row["gmac"]["total"] == pytest.approx(step["gmac"]["total"], rel=0.2), method
 
 
 def test_the_strength_of_a_rival_is_found_by_its_cost() -> None:

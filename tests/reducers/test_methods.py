@@ -15,8 +15,12 @@ from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import layer_of_cells, unmerge
 from tokenstep.errors import TokenstepError
+from tokenstep.reducers import matching
+from tokenstep.reducers.algm import ALGM
 from tokenstep.reducers.base import Drop, Merge
 from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.mctf import MCTF
+from tokenstep.reducers.mpm import MPM
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe
 
@@ -77,10 +81,129 @@ def test_tome_merges_the_likest_pairs_of_two_halves(reducer: ToMe, prefix: int) 
         assert decision.into[rows.start : rows.stop].tolist() == list(expected.values())
 
 
-def test_tome_takes_a_share_or_a_number() -> None:
+@pytest.mark.parametrize("method", [ToMe, MCTF])
+def test_tome_and_mctf_take_a_share_or_a_number(method: type) -> None:
     for wrong in ({}, {"share": 0.1, "r": 3}, {"share": 0.6}, {"r": -1}):
         with pytest.raises(TokenstepError, match="share"):
-            ToMe(**wrong)  # type: ignore[arg-type]
+            method(**wrong)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, -0.2, 0.0, 0.3])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_algm_merges_windows_that_are_alike_on_average(threshold: float, prefix: int) -> None:
+    grids = [(3, 4), (5, 2), (1, 1), (4, 4)]
+    tokens = grid_tokens(grids, prefix=prefix)
+    decision = ALGM(threshold, near=2, far=3)(tokens, 2, None)
+    assert isinstance(decision, Merge) and decision.weight is None
+    row_of = {int(anchor): row for row, anchor in enumerate(tokens.anchor) if anchor >= 0}
+    expected = list(range(len(tokens.x)))
+    for picture, (height, width) in enumerate(grids):
+        for top in range(0, height - 1, 2):
+            for left in range(0, width - 1, 2):
+                places = itertools.product((top, top + 1), (left, left + 1))
+                own = [row_of[int(tokens.owner[picture, y, x])] for y, x in places]
+                pairs = list(itertools.combinations(own, 2))
+                alike = [F.cosine_similarity(*tokens.x[list(pair)], dim=0) for pair in pairs]
+                if float(torch.stack(alike).mean()) > threshold:
+                    for row in own:
+                        expected[row] = own[0]
+    assert decision.into.tolist() == expected
+    assert threshold != -1 or len(set(expected)) == len(tokens.x) - 3 * (2 + 2 + 4)
+
+
+def test_algm_leaves_a_window_alone_that_has_merged_before() -> None:
+    tokens = grid_tokens([(2, 4)], prefix=0)
+    merged = tokens.merge(torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]))
+    decision = ALGM(-1.0, near=1)(merged, 1, None)
+    assert decision is not None  # cells 2, 3, 6, 7 are the rows 1, 2, 5, 6 now
+    assert decision.into.tolist() == [0, 1, 1, 3, 4, 1, 1]
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.3])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_algm_merges_all_pairs_of_two_halves_that_are_alike(threshold: float, prefix: int) -> None:
+    tokens = grid_tokens(GRIDS, prefix=prefix)
+    decision = ALGM(threshold, near=1, far=3)(tokens, 3, None)
+    assert isinstance(decision, Merge)
+    expected = list(range(len(tokens.x)))
+    for rows in own_rows(tokens):
+        for row in rows[::2]:
+            alike = [
+                (float(F.cosine_similarity(tokens.x[row], tokens.x[other], dim=0)), other)
+                for other in rows[1::2]
+                if tokens.anchor[other] >= 0 and tokens.anchor[row] >= 0
+            ]
+            if alike and max(alike)[0] > threshold:
+                expected[row] = max(alike)[1]
+    assert decision.into.tolist() == expected
+    assert ALGM(threshold, near=1, far=3)(tokens, 2, None) is None
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_mpm_merges_just_the_mutual_pairs(prefix: int) -> None:
+    grids = [(4, 4), (1, 1), (3, 5)]
+    tokens = grid_tokens(grids, prefix=prefix)
+    decision = MPM(blocks=(2,))(tokens, 2, None)
+    assert isinstance(decision, Merge) and decision.weight is not None
+    assert len(set(decision.weight.tolist())) == 1  # a plain mean
+    likest: dict[int, int] = {}
+    for rows in own_rows(tokens):
+        cells = rows[prefix:]
+        for row in cells:
+            others = [other for other in cells if other != row]
+            cosine = [F.cosine_similarity(tokens.x[row], tokens.x[o], dim=0) for o in others]
+            if others:
+                likest[row] = others[int(torch.stack(cosine).argmax())]
+    for row in range(len(tokens.x)):
+        other = likest.get(row, row)
+        expected = min(row, other) if likest.get(other) == row else row
+        assert decision.into[row] == expected
+    assert (decision.into != torch.arange(len(tokens.x))).sum() >= 2
+    assert MPM(blocks=(2,))(tokens, 1, None) is None
+
+
+def test_the_nearest_is_found_in_bands_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = matching.directions(torch.randn(23, 6))
+    at_once = matching.nearest(unit)
+    monkeypatch.setattr(matching, "_BAND", 3 * 23)
+    assert torch.equal(matching.nearest(unit), at_once)
+    assert (at_once != torch.arange(23)).all()
+
+
+@pytest.mark.parametrize("reducer", [MCTF(r=3), MCTF(r=100), MCTF(share=0.25)], ids=str)
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_mctf_merges_the_best_pairs_there_and_back(reducer: MCTF, prefix: int) -> None:
+    tokens = grid_tokens(GRIDS, prefix=prefix)
+    seen = seen_of(tokens)
+    decision = reducer(tokens, 1, seen)
+    assert isinstance(decision, Merge) and decision.weight is not None
+    attention = seen.received(torch.ones(len(tokens.x), dtype=torch.bool))
+    torch.testing.assert_close(decision.weight, attention * tokens.size)
+    expected = list(range(len(tokens.x)))
+
+    def worth(one: int, other: int) -> float:
+        if tokens.anchor[one] < 0 or tokens.anchor[other] < 0:
+            return -1.0
+        alike = (float(F.cosine_similarity(tokens.x[one], tokens.x[other], dim=0)) + 1) / 2
+        slight = float(attention[one] * attention[other]) ** (-1 / 20)
+        return alike * slight * int(tokens.size[one] * tokens.size[other]) ** (-1 / 40)
+
+    def best(takers: list[int], givers: list[int], count: int) -> list[tuple[int, int]]:
+        edges = [max((worth(giver, taker), taker) for taker in takers) for giver in givers]
+        ranked = sorted(zip(edges, givers, strict=True), reverse=True)
+        return [(giver, taker) for (value, taker), giver in ranked[:count] if value >= 0]
+
+    for rows, (height, width) in zip(own_rows(tokens), GRIDS, strict=True):
+        first, second = list(rows[::2]), list(rows[1::2])
+        if not second:
+            continue
+        count = reducer.count(height * width)
+        there = best(second, first, count // 2)
+        left = [row for row in first if row not in dict(there)]
+        back = best(left, second, count - len(there))
+        for giver, taker in [*back, *there]:
+            expected[giver] = expected[taker] if (giver, taker) in there else taker
+    assert decision.into.tolist() == expected
 
 
 @pytest.mark.parametrize("prefix", [0, 1])

@@ -18,8 +18,11 @@ from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.timm_build import build_vit
 from tokenstep.model.segmented import Segmented
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.reducers.algm import ALGM
 from tokenstep.reducers.base import Merge, Reducer, Site, Turn
 from tokenstep.reducers.evit import EViT
+from tokenstep.reducers.mctf import MCTF
+from tokenstep.reducers.mpm import MPM
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe
 
@@ -72,6 +75,11 @@ WAYS = {
     "tome": Way(reducers=lambda: [ToMe(share=0.2)]),
     "tome, a number": Way(reducers=lambda: [ToMe(r=1)]),
     "evit": Way(reducers=lambda: [EViT(keep=0.6, blocks=(1, 2))]),
+    "algm, windows": Way(reducers=lambda: [ALGM(0.0, near=1, far=0)]),
+    "algm, pairs": Way(reducers=lambda: [ALGM(0.3, near=0, far=2)]),
+    "mctf": Way(reducers=lambda: [MCTF(share=0.2)]),
+    "mctf, a number": Way(reducers=lambda: [MCTF(r=3)]),
+    "mpm": Way(reducers=lambda: [MPM(blocks=(1, 2))]),
     "evit that drops": Way(reducers=lambda: [EViT(keep=0.6, blocks=(1, 3), fuse=False)]),
     "random drop": Way(reducers=lambda: [RandomDrop(share=0.3)]),
     "two at one site": Way(
@@ -85,6 +93,9 @@ ZERO = {
     "merging reducer": Way(reducers=lambda: [MergeNeighbours(0)]),
     "tome": Way(reducers=lambda: [ToMe(share=0.0)]),
     "evit": Way(reducers=lambda: [EViT(keep=1.0)]),
+    "algm": Way(reducers=lambda: [ALGM(1.0, near=1, far=2)]),
+    "mctf": Way(reducers=lambda: [MCTF(share=0.0)]),
+    "mpm": Way(reducers=lambda: [MPM(blocks=())]),
     "random drop": Way(reducers=lambda: [RandomDrop(share=0.0)]),
     "all": Way(Thresholds((1.0, 1.0), (1.0, 1.0), 0), lambda: [MergeNeighbours(0)]),
 }

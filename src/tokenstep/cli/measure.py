@@ -173,7 +173,7 @@ def compare_command(
     rivals: Annotated[
         list[float] | None,
         typer.Option(
-            help="Also ToMe, EViT, random drop, CTS and other partitions at the cost of the "
+            help="Also ToMe, EViT, ALGM, MCTF, MPM, CTS and other partitions at the cost of the "
             "operating point that loses at most so many points; may be repeated.",
         ),
     ] = None,

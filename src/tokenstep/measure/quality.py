@@ -19,7 +19,9 @@ from tokenstep.measure.settings import PartitionSource
 from tokenstep.measure.shares import Shares
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.model.spending import as_keyword
+from tokenstep.model.spending import as_keyword, plan_of
+from tokenstep.policies.batch import partition_by, policy_features
+from tokenstep.policies.entropy import Entropy
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Method:
 
     The source ``policy`` is the model's own. ``uniform`` merges nothing. ``oracle`` merges by the
     labels, and a superpatch may hold the share ``tolerance`` of other classes. ``random`` moves
-    the superpatches of the policy's partition to random places, drawn from ``seed``.
+    the superpatches of the policy's partition to random places, drawn from ``seed``. ``entropy``
+    holds the thresholds against the entropy of the pixels (:class:`Entropy`), whose own cost, some
+    four operations a pixel, is not counted.
 
     The sides of a picture are multiplied by ``scale``. The label map is scaled back.
 
@@ -137,6 +141,20 @@ def _partition(
             with torch.inference_mode():
                 learned = model.partition([image.to(device)], method.spending)
             return shuffled(learned, sizes, generator)
+        case "entropy":
+            return _by_entropy(model, image.to(device), method.spending)
+
+
+@torch.inference_mode()
+def _by_entropy(model: Segmenter, image: Tensor, spending: Spending) -> Tensor:
+    """The partition ``(1, H, W)`` of ``image (3, h, w)`` by the entropy of its pixels."""
+    config = model.config
+    sizes = config.policy.sizes
+    policy = Entropy(model.patch, sizes, mean=config.mean, std=config.std).to(image.device)
+    normal = model.normalise([image])
+    plan = plan_of(spending, sizes)
+    partition, _ = partition_by(policy, normal, policy_features(policy, normal), plan)
+    return partition
 
 
 class MethodSums:

@@ -7,6 +7,7 @@ from tokenstep.config import Budget, Thresholds
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
 from tokenstep.model.segmenter import Segmenter
+from tokenstep.policies.entropy import BITS, threshold_of
 
 NEAR = 0.002  # share of a cost within which the search for it ends
 CLOSE = 0.02  # share of a cost within which another is called equal
@@ -25,6 +26,22 @@ def _evit_dropping(model: Segmenter, strength: float) -> Method:
     return _by(f"evit:{_third_parts(model)},keep={1 - 0.99 * strength:.5f},fuse=false")
 
 
+def _algm(model: Segmenter, strength: float) -> Method:
+    half = max(2, len(model.encoder.host_blocks()) // 2)
+    return _by(f"algm:threshold={1 - 2 * strength:.5f},far={half}")
+
+
+def _mctf(model: Segmenter, strength: float) -> Method:
+    return _by(f"mctf:share={strength / 2:.5f}")
+
+
+def _mpm(model: Segmenter, strength: float) -> Method:
+    """In as many blocks as the strength says, spread evenly: it has no other."""
+    depth = len(model.encoder.host_blocks())
+    count = round(strength * depth)
+    return _by(f"mpm:blocks={[1 + index * depth // count for index in range(count)]}")
+
+
 def _random_drop(model: Segmenter, strength: float) -> Method:
     return _by(f"random:share={strength / 2:.5f}")
 
@@ -32,6 +49,12 @@ def _random_drop(model: Segmenter, strength: float) -> Method:
 def _cts(model: Segmenter, strength: float) -> Method:
     """Content-aware token sharing (CVPR 2023): a fixed number of 2x2 superpatches, no others."""
     return Method(Budget(merge={2: strength} if 2 in model.config.policy.sizes else {}))
+
+
+def _entropy(model: Segmenter, strength: float) -> Method:
+    """APT's policy (arXiv 2510.18091) with one threshold of entropy for all sides."""
+    merge = (threshold_of(BITS * strength),) * len(model.config.policy.sizes)
+    return Method(Thresholds(merge), partition="entropy")
 
 
 def _by(text: str) -> Method:
@@ -50,8 +73,12 @@ RIVALS: dict[str, Callable[[Segmenter, float], Method]] = {
     "ToMe": _tome,
     "EViT, fused": _evit,
     "EViT, dropped": _evit_dropping,
+    "ALGM": _algm,
+    "MCTF": _mctf,
+    "MPM": _mpm,
     "random drop": _random_drop,
     "CTS": _cts,
+    "entropy (APT)": _entropy,
 }
 
 

@@ -4,10 +4,10 @@ It is read before torch is, so it imports neither torch nor anything that does.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-PartitionSource = Literal["policy", "uniform", "oracle", "random"]
-PARTITION_SOURCES: tuple[PartitionSource, ...] = ("policy", "uniform", "oracle", "random")
+PartitionSource = Literal["policy", "uniform", "oracle", "random", "entropy"]
+PARTITION_SOURCES: tuple[PartitionSource, ...] = get_args(PartitionSource)
 
 RUNTIME_PACKAGES = {  # what `bench --rival` takes, and the packages that each runtime needs
     "torch": (),

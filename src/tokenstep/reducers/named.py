@@ -6,9 +6,12 @@ from typing import Any
 
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
+from tokenstep.reducers.algm import ALGM
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.evit import EViT
 from tokenstep.reducers.exits import Exits
+from tokenstep.reducers.mctf import MCTF
+from tokenstep.reducers.mpm import MPM
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe
 
@@ -16,6 +19,9 @@ REDUCERS: dict[str, type[Any]] = {
     "exits": Exits,
     "tome": ToMe,
     "evit": EViT,
+    "algm": ALGM,
+    "mctf": MCTF,
+    "mpm": MPM,
     "random": RandomDrop,
 }
 

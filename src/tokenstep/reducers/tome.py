@@ -8,13 +8,13 @@ let a merged token weigh as its patches in attention: that is ``size_bias`` of t
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenstep.core.attention import Attended
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Merge, Site, Turn
+from tokenstep.reducers.matching import directions, likest, two_halves
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ToMe:
         if seen is None:
             raise ValueError("ToMe judges by keys: ask it at the site of attention")
         # (T, d): keys, mean over heads
-        keys = F.normalize(seen.k.float().mean(dim=1), dim=-1)
+        keys = directions(seen.k.float().mean(dim=1))
         into = torch.arange(len(keys), device=keys.device)
         start = 0
         for length in seen.segments.lengths:
@@ -67,13 +67,9 @@ class ToMe:
         first, second = into[::2], into[1::2]
         if not len(second):
             return into
-        alike = keys[::2] @ keys[1::2].T
-        alike = alike.masked_fill(~speaks[None, 1::2], -torch.inf)
-        best, partner = alike.max(dim=1)
-        best = best.masked_fill(~speaks[::2], -torch.inf)
-        merging = best.argsort(descending=True, stable=True)[: self.count(int(speaks.sum()))]
-        merging = merging[best[merging] > -torch.inf]
-        into[first[merging]] = second[partner[merging]]
+        alike = two_halves(keys[::2] @ keys[1::2].T, speaks)
+        merging, partner = likest(alike, self.count(int(speaks.sum())))
+        into[first[merging]] = second[partner]
         return into
 
     def macs(self, turn: Turn) -> int:
