@@ -58,7 +58,7 @@ def grid_tokens(grids: list[Grid], dim: int = 5, prefix: int = 1) -> PackedToken
         anchor=anchor,
         owner=owner,
         prefix=prefix,
-        cells=tuple(height * width for height, width in grids),
+        grids=tuple(grids),
     )
 
 

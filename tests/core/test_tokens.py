@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,23 @@ def test_dropped_rows_come_back_with_what_they_had(grids: list[tuple[int, int]])
             expected = start.x[row[anchor]] + (0 if was_dropped else 1)
             assert torch.equal(back.x[index], expected)
     assert start.rejoined() is start
+
+
+@given(GRIDS, st.integers(0, 2))
+def test_a_row_lies_in_the_middle_of_its_cells(grids: list[tuple[int, int]], prefix: int) -> None:
+    tokens = grid_tokens(grids, prefix=prefix)
+    tokens = tokens.merge(random_merge(tokens))
+    tokens = halt(tokens, torch.rand(len(tokens.x)) < 0.3, torch.zeros(len(tokens.x), 1, 1), 1)
+    for row, anchor in enumerate(tokens.anchor.tolist()):
+        picture = int(tokens.picture()[row])
+        assert tokens.sides()[row].tolist() == list(grids[picture])
+        places = [
+            (y + 0.5, x + 0.5)
+            for y, x in itertools.product(*map(range, grids[picture]))
+            if int(tokens.owner[picture, y, x]) == anchor >= 0
+        ]
+        expected = torch.tensor(places or [(0.0, 0.0)]).mean(0)
+        torch.testing.assert_close(tokens.middles()[row], expected)
 
 
 def test_prefix_rows_are_not_dropped() -> None:

@@ -10,11 +10,13 @@ import timm
 import torch
 from guide import example
 from support import scramble
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from tokenstep.core import partition
 from tokenstep.core.same_size import stacked
 from tokenstep.hosts.base import BlockSettings, Host
+from tokenstep.hosts.timm_eva import TimmEva
 from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
@@ -41,9 +43,29 @@ def of_the_guide() -> Hosted:
     return Hosted(host, lambda images: encoder(host.proj(images).flatten(2).transpose(1, 2)))
 
 
+def timm_eva(**changes: object) -> Hosted:
+    settings = {
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2},
+        **{"num_classes": 0, "dynamic_img_size": True, "use_rot_pos_emb": True, **changes},
+    }
+    vit = Eva(**settings).eval()  # type: ignore[arg-type]
+    return Hosted(TimmEva(vit), vit.forward_features)
+
+
+EVA_02 = {"swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False, "scale_attn_inner": True}
+DINO_V3: dict[str, object] = {
+    **{"rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False},
+    **{"num_reg_tokens": 2, "init_values": 0.1, "qkv_bias": False, "global_pool": "token"},
+}
+
 HOSTS: dict[str, Callable[[], Hosted]] = {
     "timm": timm_vit,
     "timm, registers": partial(timm_vit, reg_tokens=2),
+    "timm, eva-02": partial(timm_eva, **EVA_02, ref_feat_shape=(3, 5)),
+    "timm, eva without turns": partial(timm_eva, use_rot_pos_emb=False),
+    "timm, dinov3": partial(timm_eva, **DINO_V3),
+    "timm, the older attention": partial(timm_eva, attn_type="rope", qk_norm=True),
+    "timm, columns first": partial(timm_eva, rope_grid_indexing="xy", rope_grid_offset=1.0),
     "the example of CONTRIBUTING": of_the_guide,
 }
 

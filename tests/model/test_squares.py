@@ -129,7 +129,7 @@ def segment(side):
     ones, anchor = torch.ones(count, dtype=torch.int64), torch.arange(count)
     segments = Segments(torch.tensor([0, count]), (count,))
     x, owner = torch.randn(count, 64), owners(level)
-    tokens = PackedTokens(x, segments, ones, anchor, owner, prefix=0, cells=(count,))
+    tokens = PackedTokens(x, segments, ones, anchor, owner, prefix=0, grids=((1, count),))
     exits = ExitHeads((1,), 64, 150, 4)
     confidence, _ = EarlyPruning(exits, (1.0,), 5).judged(tokens.x, 0)
     halt = EarlyPruning(exits, (float(confidence.median()),), 5)(tokens, 1)

@@ -37,6 +37,8 @@ def agreement(model: Segmenter, labels: Tensor, images: Tensor) -> float:
         {"cells": 2, "image_size": (64, 64)},
         {"name": "vit_wee_patch16_reg1_gap_256", "patch": 16, "exits": (1,), "depth": 2},
         {"name": "vit_small_patch14_reg4_dinov2", "patch": 14, "exits": (1,), "depth": 2},
+        {"name": "eva02_tiny_patch14_224", "patch": 14, "exits": (1,), "depth": 2},
+        {"name": "vit_tiny_patch16_dinov3_qkvb", "patch": 16, "exits": (1,), "depth": 2},
     ],
 )
 def test_the_twin_is_the_dense_model(tiny_model: TinyModel, changes: dict[str, object]) -> None:
@@ -52,6 +54,14 @@ def test_a_plain_model_is_timms_own(tiny_model: TinyModel) -> None:
     assert DenseGraph(tiny_model(), SIZE).vit is not None
     assert DenseGraph(tiny_model(policy_features=True), SIZE).vit is None
     assert DenseGraph(tiny_model(stem="conv"), SIZE).vit is None
+
+
+def test_turned_tokens_that_get_more_than_timms_own_have_no_twin(tiny_model: TinyModel) -> None:
+    """Its blocks would run without their turns, which no shape gives away."""
+    eva = {"name": "eva02_tiny_patch14_224", "patch": 14, "exits": (1,), "depth": 2}
+    assert DenseGraph(tiny_model(**eva), SIZE).vit is not None
+    with pytest.raises(TokenstepError, match="TimmEva"):
+        DenseGraph(tiny_model(**eva, policy_features=True), SIZE)
 
 
 def test_a_mask_decoder_has_no_twin(tiny_model: TinyModel) -> None:

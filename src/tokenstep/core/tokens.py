@@ -55,7 +55,7 @@ class PackedTokens:
     anchor: Tensor  # (T,) int64, flat index of the cell that names the row; -1 for a prefix row
     owner: Tensor  # (B, H, W) int64, anchor of the token that speaks for the cell; -1 outside
     prefix: int  # prefix rows of each picture
-    cells: tuple[int, ...]  # grid cells of each picture
+    grids: tuple[tuple[int, int], ...]  # (H, W) cells of each picture
     halted: Halted | None = None
     dropped: Dropped | None = None
 
@@ -78,6 +78,11 @@ class PackedTokens:
         """``(B + 1,)`` int64: picture ``b`` has the rows ``offsets[b]:offsets[b + 1]``."""
         return self.segments.offsets
 
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Grid cells of each picture."""
+        return tuple(height * width for height, width in self.grids)
+
     @cached_property
     def is_prefix(self) -> Tensor:
         """Mask ``(T,)`` of CLS and register rows."""
@@ -90,6 +95,25 @@ class PackedTokens:
     def counts(self) -> Tensor:
         """Tokens of each picture, ``(B,)`` int64; prefix rows are none."""
         return self.segments.counts - self.prefix
+
+    def middles(self) -> Tensor:
+        """Mean place of the cells that each row speaks for, ``(T, 2)`` fp32, 0 for a prefix row.
+
+        It counts rows and columns in cells, and the middle of the first is 0.5.
+        """
+        _, height, width = self.owner.shape
+        sides = (torch.arange(side, device=self.x.device) + 0.5 for side in (height, width))
+        places = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1)
+        # The last place is that of -1: of prefix rows, and of cells outside.
+        total = places.new_zeros(self.owner.numel() + 1, 2)
+        owner = torch.where(self.owner < 0, self.owner.numel(), self.owner).flatten()
+        total.index_add_(0, owner, places.expand(self.pictures, -1, -1, -1).reshape(-1, 2))
+        mean = total[self.anchor] / self.size.unsqueeze(1)
+        return torch.where(self.is_prefix.unsqueeze(1), 0.0, mean)
+
+    def sides(self) -> Tensor:
+        """Cells down and across of each row's picture, ``(T, 2)`` int64."""
+        return torch.tensor(self.grids, device=self.x.device)[self.picture()]
 
     def ranked(self, score: Tensor) -> Tensor:
         """Rank each token by falling ``score (T,)`` in its picture, ``(T,)`` int64, 0 = highest.

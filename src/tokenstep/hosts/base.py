@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenstep.core.attention import Attend, Backend
 from tokenstep.core.partition import Grid
 from tokenstep.core.ragged import Segments
+from tokenstep.core.tokens import PackedTokens
 
 T = TypeVar("T")
 
@@ -30,8 +31,11 @@ class HostBlock(Protocol):
         """The module that it runs first: where its time begins."""
         ...
 
-    def attention(self, x: Tensor, attend: Attend) -> Tensor:
-        """Features ``(T, D)`` after attention, whose queries, keys and values ``attend`` takes."""
+    def attention(self, x: Tensor, attend: Attend, rotary: Tensor | None) -> Tensor:
+        """Features ``(T, D)`` after attention, whose queries, keys and values ``attend`` takes.
+
+        ``rotary`` is what :meth:`Host.rotary` says of these rows.
+        """
         ...
 
     def mlp(self, x: Tensor, segments: Segments) -> Tensor:
@@ -83,6 +87,10 @@ class Host(Protocol):
 
     def positions(self, stem: Any, grid: Grid) -> Tensor | None:
         """Position embedding of the cells of a grid, ``(1, D, H, W)``, if it is added to them."""
+        ...
+
+    def rotary(self, trunk: Any, tokens: PackedTokens) -> Tensor | None:
+        """By what queries and keys of each row are turned, ``(T, ...)``; None if by nothing."""
         ...
 
     def enter(self, stem: Any, x: Tensor) -> Tensor:

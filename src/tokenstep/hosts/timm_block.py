@@ -1,5 +1,6 @@
 """One block of a timm ViT over packed tokens, and which timm ViTs can run so."""
 
+from collections.abc import Mapping
 from typing import cast
 
 from timm.layers import (  # type: ignore[attr-defined]  # timm re-exports without saying so
@@ -24,8 +25,6 @@ from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import BlockSettings
 
-PlainViT = VisionTransformer  # timm's own name for what this project calls a plain ViT
-
 
 class TimmBlock:
     """One timm block over packed tokens, in two halves, so that a reducer may act between them.
@@ -46,16 +45,16 @@ class TimmBlock:
         """The module that it runs first."""
         return self.block.norm1
 
-    def attention(self, x: Tensor, attend: Attend) -> Tensor:
+    def attention(self, x: Tensor, attend: Attend, rotary: Tensor | None = None) -> Tensor:
         """Features ``(T, D)`` after attention."""
         block = self.block
         attended = attention_of(cast(Attention, block.attn), block.norm1(x), attend)
-        return x + _drop_path(block.drop_path1, block.ls1(attended), attend.segments)
+        return x + drop_path(block.drop_path1, block.ls1(attended), attend.segments)
 
     def mlp(self, x: Tensor, segments: Segments) -> Tensor:
         """Features ``(T, D)`` after the MLP."""
         block = self.block
-        return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), segments)
+        return x + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), segments)
 
     def macs(self, rows: int, left: int, *, size_bias: bool) -> int:
         """Multiply-adds where attention sees ``rows`` rows of a picture and the MLP ``left``.
@@ -89,7 +88,7 @@ def attention_of(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     return cast(Tensor, attn.proj_drop(attn.proj(out)))
 
 
-def _drop_path(drop: nn.Module, branch: Tensor, segments: Segments) -> Tensor:
+def drop_path(drop: nn.Module, branch: Tensor, segments: Segments) -> Tensor:
     """Keep or drop a branch, picture by picture."""
     if not (isinstance(drop, DropPath) and drop.training and drop.drop_prob > 0):
         return branch
@@ -124,19 +123,37 @@ def require_supported(vit: nn.Module) -> None:
             f"{type(vit).__name__} is not timm's VisionTransformer: choose a plain ViT, DeiT-3 or "
             "DINOv2 model"
         )
-    if type(vit.patch_embed) is not PatchEmbed:
-        raise ValueError(f"patch embedding {type(vit.patch_embed).__name__} is not supported")
-    if not isinstance(vit.patch_drop, nn.Identity):
-        raise ValueError("patch dropout (patch_drop_rate > 0) is not supported")
+    require_embedding(vit)
     for index, block in enumerate(vit.blocks):
         if type(block) is not Block:
             raise ValueError(f"blocks.{index}: {type(block).__name__} is not supported")
-        for name, allowed in BLOCK_PARTS.items():
-            part = getattr(block, name)
-            if type(part) not in allowed:
-                raise ValueError(f"blocks.{index}.{name}: {type(part).__name__} is not supported")
+        require_parts(block, BLOCK_PARTS, f"blocks.{index}")
         if cast(Attention, block.attn).attn_drop.p > 0:
             raise ValueError(f"blocks.{index}.attn: attention dropout is not supported")
+
+
+def require_embedding(vit: nn.Module) -> None:
+    """Refuse a ViT that does not embed each patch by itself.
+
+    Raises:
+        ValueError: names the part.
+    """
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise ValueError(f"patch embedding {type(vit.patch_embed).__name__} is not supported")
+    if not isinstance(vit.patch_drop, nn.Identity | None):
+        raise ValueError("patch dropout (patch_drop_rate > 0) is not supported")
+
+
+def require_parts(block: nn.Module, allowed: Mapping[str, tuple[type, ...]], path: str) -> None:
+    """Refuse a block with a part of a type that is not among those ``allowed``.
+
+    Raises:
+        ValueError: names the part.
+    """
+    for name, types in allowed.items():
+        part = getattr(block, name)
+        if type(part) not in types:
+            raise ValueError(f"{path}.{name}: {type(part).__name__} is not supported")
 
 
 def plain_block(dim: int, heads: int) -> Block:

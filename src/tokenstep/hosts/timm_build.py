@@ -1,12 +1,13 @@
 """The timm ViT that a model is built around."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenstep.config import HALF, Channels, VitConfig
 from tokenstep.core.partition import Grid
@@ -17,11 +18,17 @@ from tokenstep.hosts.timm_block import require_supported
 BEHIND = ("head.", "fc_norm.", "attn_pool.")
 
 
-def build_vit(config: VitConfig, weights: WeightFile | None = None) -> Any:
+def build_vit(
+    config: VitConfig,
+    weights: WeightFile | None = None,
+    *,
+    require: Callable[[nn.Module], None] = require_supported,
+) -> Any:
     """Build timm's ViT, from ``weights`` if there are any.
 
     timm resamples their positions and patch embedding to the grid and patch size of ``config``.
-    An untrained ViT's position table starts as sine and cosine.
+    An untrained ViT's position table starts as sine and cosine. ``require`` refuses what has no
+    host, by a ValueError.
 
     Raises:
         ValueError: timm knows no such model, it does not take the given overrides, or it has a
@@ -45,7 +52,7 @@ def build_vit(config: VitConfig, weights: WeightFile | None = None) -> Any:
             f"backbone {config.name!r} cannot be built with {', '.join(given)} ({reason}): choose "
             "a plain ViT, see timm.list_models('vit_*')"
         ) from error
-    require_supported(vit)
+    require(vit)
     if vit.patch_embed.num_patches < 1:
         patch = vit.patch_embed.patch_size
         raise ValueError(f"image_size {config.image_size} is smaller than a patch of {patch}")

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tokenstep.config import VitConfig
 from tokenstep.core.partition import Grid
-from tokenstep.hosts.timm_build import BEHIND, build_vit
+from tokenstep.hosts.timm_build import BEHIND
 from tokenstep.hosts.timm_embed import LinearEmbed
+from tokenstep.hosts.timm_named import named_vit
 from tokenstep.hosts.timm_vit import TimmViT
 
 
@@ -23,7 +24,7 @@ def plain_vit(config: VitConfig, stem: Any, trunk: nn.Module, grid: Grid) -> nn.
     if not isinstance(host, TimmViT) or not isinstance(stem.embed, LinearEmbed):
         return None
     size = (grid[0] * host.patch, grid[1] * host.patch)
-    vit = cast(nn.Module, build_vit(replace(config, image_size=size, drop_path=0.0)))
+    vit = cast(nn.Module, named_vit(replace(config, image_size=size, drop_path=0.0)))
     state = {name: value for name, value in trunk.state_dict().items() if name in vit.state_dict()}
     for name, value in stem.state_dict().items():
         own = name.replace("embed.proj.", "patch_embed.proj.") if name[:5] == "embed" else name

@@ -6,14 +6,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokenstep.config import VitConfig
 from tokenstep.core.partition import Grid
-from tokenstep.data.pretrained import WeightFile
+from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import Learned, by_windows
 from tokenstep.hosts.positions import resampled
-from tokenstep.hosts.timm_block import PlainViT, TimmBlock, require_supported
-from tokenstep.hosts.timm_build import build_vit
-from tokenstep.hosts.timm_embed import ConvEmbed, LinearEmbed
+from tokenstep.hosts.timm_block import TimmBlock, require_supported
+from tokenstep.hosts.timm_embed import LinearEmbed
 
 
 class TimmViT:
@@ -23,8 +21,8 @@ class TimmViT:
         ValueError: the ViT has a part that packed tokens cannot run, by name.
     """
 
-    def __init__(self, vit: PlainViT, embedding: nn.Module | None = None) -> None:
-        require_supported(vit)
+    def __init__(self, vit: Any, embedding: nn.Module | None = None) -> None:
+        self.require(vit)
         embedding = LinearEmbed(vit.patch_embed) if embedding is None else embedding
         self.patch = int(vit.patch_embed.patch_size[0])
         self.margin = cast(int, embedding.margin)
@@ -43,6 +41,11 @@ class TimmViT:
             },
             {"blocks": vit.blocks, "norm": vit.norm},
         )
+
+    @staticmethod
+    def require(vit: nn.Module) -> None:
+        """Refuse a model that it cannot stand for; raises as above."""
+        require_supported(vit)
 
     def before(self) -> Mapping[str, Learned]:
         """What it learned for use before its blocks, by name."""
@@ -76,6 +79,10 @@ class TimmViT:
         table = stem.pos_embed[:, prefix:].transpose(1, 2)
         return resampled(torch.unflatten(table, 2, self.table_grid), grid)
 
+    def rotary(self, trunk: Any, tokens: PackedTokens) -> Tensor | None:
+        """It turns nothing."""
+        return None
+
     def enter(self, stem: Any, x: Tensor) -> Tensor:
         """Dropout and norm of rows ``(..., D)`` before the first block."""
         return cast(Tensor, stem.norm_pre(stem.pos_drop(x)))
@@ -87,17 +94,3 @@ class TimmViT:
     def norm(self, trunk: Any, x: Tensor) -> Tensor:
         """The norm behind the last block."""
         return cast(Tensor, trunk.norm(x))
-
-
-def build_host(config: VitConfig, weights: WeightFile | None = None) -> TimmViT:
-    """The timm ViT that ``config`` names, with the stem that it names, as a host.
-
-    Raises:
-        ValueError: as :func:`tokenstep.hosts.timm_build.build_vit`; or the stem does not fit the
-            patches.
-        TokenstepError: the weights lack a part that is used, or do not fit.
-    """
-    vit = build_vit(config, weights)
-    if config.stem == "linear":
-        return TimmViT(vit)
-    return TimmViT(vit, ConvEmbed(int(vit.patch_embed.patch_size[0]), int(vit.embed_dim)))

@@ -7,7 +7,7 @@ from torch import nn
 
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.base import BlockSettings, Host
-from tokenstep.hosts.timm_vit import build_host
+from tokenstep.hosts.timm_named import build_host
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.encoder import Encoder

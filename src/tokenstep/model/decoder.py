@@ -86,5 +86,5 @@ class MaskDecoder(nn.Module):
             anchor=anchor.index_copy(0, place, tokens.anchor),
             owner=tokens.owner,
             prefix=tokens.prefix + self.classes,
-            cells=tokens.cells,
+            grids=tokens.grids,
         )

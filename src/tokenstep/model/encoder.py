@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -59,12 +60,16 @@ class Encoder(nn.Module):
         trace, settings = Trace(), self.settings
         between = [reducer for reducer in reducers if reducer.site == "attention"]
         behind = [reducer for reducer in reducers if reducer.site == "block"]
+        rotary, rows = None, None
         for block in self.host_blocks():
             segments = tokens.segments
+            if tokens.anchor is not rows:  # some have left or merged
+                rotary, rows = self.host.rotary(self, tokens), tokens.anchor
             trace.attention.append(segments.lengths)
             cells = tokens.size if settings.size_bias else None
             attend = Attend(segments, cells=cells, backend=settings.backend, keep=bool(between))
-            tokens = tokens.with_features(settings.run(block.attention, tokens.x, attend))
+            attention = partial(block.attention, rotary=rotary)
+            tokens = tokens.with_features(settings.run(attention, tokens.x, attend))
             tokens = _reduced(tokens, between, trace, attend.seen)
             trace.mlp.append(tokens.segments.lengths)
             tokens = tokens.with_features(settings.run(block.mlp, tokens.x, tokens.segments))

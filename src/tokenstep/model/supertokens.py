@@ -120,7 +120,7 @@ class Tokeniser(nn.Module):
             anchor=anchor,
             owner=owner,
             prefix=prefix,
-            cells=cells_of,
+            grids=tuple(grids),
         )
 
     def _features(

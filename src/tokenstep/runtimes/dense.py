@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.timm_plain import plain_vit
+from tokenstep.hosts.timm_vit import TimmViT
 from tokenstep.model.decoder import LinearDecoder
 from tokenstep.model.segmenter import Segmenter
 
@@ -31,7 +32,7 @@ class DenseGraph(nn.Module):
     not timm's.
 
     Raises:
-        TokenstepError: the model has a decoder that is not linear.
+        TokenstepError: the model has a decoder that is not linear, or a host that cannot be so.
     """
 
     def __init__(self, model: Segmenter, size: tuple[int, int]) -> None:
@@ -46,6 +47,11 @@ class DenseGraph(nn.Module):
         self.vit: nn.Module | None = None
         if tokenise.context is None:
             self.vit = plain_vit(model.config.vit, tokenise, model.encoder, self.grid)
+        if self.vit is None and type(tokenise.host) is not TimmViT:
+            raise TokenstepError(
+                f"a {type(tokenise.host).__name__} whose tokens get what the policy saw, or with a "
+                "stem of its own, has no plain dense graph: leave --rival out"
+            )
         prefix = tokenise.prefix_count
         table = torch.zeros(1, prefix + self.grid[0] * self.grid[1], model.encoder.host.dim)
         with torch.no_grad():

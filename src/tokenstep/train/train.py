@@ -15,7 +15,7 @@ from tokenstep.data.digests import FILES, digests_of, of_folder
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.data.pretrained import WeightFile
 from tokenstep.errors import TokenstepError
-from tokenstep.hosts.timm_vit import build_host
+from tokenstep.hosts.timm_named import build_host
 from tokenstep.measure.policy_report import policy_report
 from tokenstep.measure.quality import Method, measure
 from tokenstep.model.build import step_parts
