@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from warnings import warn
 
 if TYPE_CHECKING:
+    from tokenstep.accelerated.accelerate import accelerate
     from tokenstep.config import DENSE, Budget, PolicyConfig, Thresholds, VitConfig
     from tokenstep.core.tokens import PackedTokens
     from tokenstep.errors import TokenstepError
@@ -29,6 +30,7 @@ __all__ = [
     "TokenstepError",
     "VitConfig",
     "__version__",
+    "accelerate",
     "load",
     "shipped_models",
 ]
@@ -36,6 +38,7 @@ __all__ = [
 # torch takes seconds to import, which `tokenstep --help` must not: a name is fetched from its
 # module when it is first asked for (PEP 562).
 _MODULES = {
+    "accelerated.accelerate": ("accelerate",),
     "config": ("DENSE", "Budget", "PolicyConfig", "Thresholds", "VitConfig"),
     "errors": ("TokenstepError",),
     "hub": ("load", "shipped_models"),

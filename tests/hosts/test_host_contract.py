@@ -36,6 +36,17 @@ def timm_vit(**changes: object) -> Hosted:
     return Hosted(TimmViT(vit), vit.forward_features)
 
 
+def hf(kind: str, **changes: object) -> Hosted:
+    transformers = pytest.importorskip("transformers", reason="pip install '.[hf]'")
+    from tokenstep.hosts.hf_vit import HFViT
+
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_attention_heads": 3}
+    config = getattr(transformers, f"{kind}Config")(**size, num_hidden_layers=2, **changes)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    call = partial(model, interpolate_pos_encoding=True) if kind == "ViT" else model
+    return Hosted(HFViT(model), lambda images: call(images).last_hidden_state)
+
+
 def of_the_guide() -> Hosted:
     layer = nn.TransformerEncoderLayer(24, 3, 32, 0.0, "gelu", batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(24), enable_nested_tensor=False)
@@ -66,6 +77,16 @@ HOSTS: dict[str, Callable[[], Hosted]] = {
     "timm, dinov3": partial(timm_eva, **DINO_V3),
     "timm, the older attention": partial(timm_eva, attn_type="rope", qk_norm=True),
     "timm, columns first": partial(timm_eva, rope_grid_indexing="xy", rope_grid_offset=1.0),
+    "transformers, ViT": partial(hf, "ViT", intermediate_size=64),
+    "transformers, DINOv2": partial(hf, "Dinov2", mlp_ratio=2),
+    "transformers, DINOv2 gated": partial(hf, "Dinov2", mlp_ratio=2, use_swiglu_ffn=True),
+    "transformers, DINOv2 with registers": partial(
+        hf, "Dinov2WithRegisters", mlp_ratio=2, num_register_tokens=2
+    ),
+    "transformers, DINOv3": partial(hf, "DINOv3ViT", intermediate_size=64, num_register_tokens=2),
+    "transformers, DINOv3 gated": partial(
+        hf, "DINOv3ViT", intermediate_size=64, use_gated_mlp=True, num_register_tokens=1
+    ),
     "the example of CONTRIBUTING": of_the_guide,
 }
 

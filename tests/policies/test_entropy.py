@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenstep.config import Thresholds
 from tokenstep.model.build import step_parts
 from tokenstep.model.segmenter import Segmenter
-from tokenstep.policies.entropy import Entropy, threshold_of
+from tokenstep.policies.entropy import EntropyPolicy, threshold_of
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -32,7 +32,7 @@ def test_bits_are_those_of_the_grey_values() -> None:
     levels = torch.randint(0, 256, (2, 3, 32, 48)) // torch.tensor([1, 40]).view(2, 1, 1, 1)
     grey = (levels * torch.tensor([598, 1174, 228]).view(3, 1, 1)).sum(1, keepdim=True)
     levels = levels * (grey % 1000 != 500)  # no pixel between two bins, where rounding decides
-    policy = Entropy(4, (2, 4), mean=MEAN, std=STD)
+    policy = EntropyPolicy(4, (2, 4), mean=MEAN, std=STD)
     found = policy.bits(policy.features(normalised(levels / 255)))
     for size, bits in zip((2, 4), found, strict=True):
         side = size * 4
@@ -44,7 +44,7 @@ def test_bits_are_those_of_the_grey_values() -> None:
 @pytest.mark.parametrize("shade", [0.0, 77 / 255, 1.0])
 def test_one_colour_has_no_entropy_at_any_size(shade: float) -> None:
     """Also where the picture ends within a patch."""
-    policy = Entropy(8, (2, 4), mean=MEAN, std=STD)
+    policy = EntropyPolicy(8, (2, 4), mean=MEAN, std=STD)
     seen = policy.features(normalised(torch.full((1, 3, 61, 77), shade)))
     assert [tuple(bits.shape[1:]) for bits in policy.bits(seen)] == [(4, 5), (2, 2)]
     assert all(not bits.any() for bits in policy.bits(seen))
@@ -52,7 +52,7 @@ def test_one_colour_has_no_entropy_at_any_size(shade: float) -> None:
 
 
 def test_a_threshold_merges_what_has_fewer_bits() -> None:
-    policy = Entropy(8, (2,))
+    policy = EntropyPolicy(8, (2,))
     # Squares of 16 px with 1, 2, 4 and 8 grey values, evenly: 0, 1, 2 and 3 bits.
     levels = torch.arange(16 * 16).view(16, 16)
     squares = [30 * (levels % count) / 255 for count in (1, 2, 4, 8)]
@@ -68,7 +68,7 @@ def test_a_segmenter_takes_it_in_the_place_of_the_learned_policy(tiny_model: Tin
     config = tiny_model().config
     sizes, mean, std = config.policy.sizes, config.mean, config.std
     model = Segmenter(
-        config, step_parts(config, policy=Entropy(8, sizes, mean=mean, std=std))
+        config, step_parts(config, policy=EntropyPolicy(8, sizes, mean=mean, std=std))
     ).eval()
     picture = torch.rand(3, 64, 64)
     picture[:, :, :32] = 0.5  # plain on the left, noise on the right

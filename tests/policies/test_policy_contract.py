@@ -15,14 +15,14 @@ from tokenstep.core.same_size import stacked
 from tokenstep.policies.base import Policy
 from tokenstep.policies.batch import features_on_grids, homogeneity, policy_features
 from tokenstep.policies.dcts import DCTS
-from tokenstep.policies.entropy import Entropy
+from tokenstep.policies.entropy import EntropyPolicy
 
 SIZES = (2, 4)
 TINY = PolicyConfig("test_efficientnet", stages=(1, 2), sizes=SIZES, width=8)
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "dcts": lambda: DCTS(TINY, 8),
-    "entropy": lambda: Entropy(8, SIZES),
+    "entropy": lambda: EntropyPolicy(8, SIZES),
     "the example of CONTRIBUTING": lambda: example("Contrast")(8, SIZES),
 }
 

@@ -74,6 +74,22 @@ def unmerge(tokens: PackedTokens, live: Tensor, level: Tensor) -> Tensor:
     return torch.where((index < 0).unsqueeze(-1), 0.0, spread)
 
 
+def features_of_cells(tokens: PackedTokens) -> Tensor:
+    """What each cell's token has, ``(B, H, W, D)``; of one that was dropped, what it had then.
+
+    Cells outside a picture hold anything.
+
+    Raises:
+        ValueError: tokens have halted, which keeps logits and no features.
+    """
+    if tokens.halted is not None:
+        raise ValueError("some tokens have halted: they have no features any more")
+    anchor, x = tokens.anchor, tokens.x
+    if tokens.dropped is not None and tokens.dropped.aside:
+        anchor, x = torch.cat([anchor, tokens.dropped.anchor]), torch.cat([x, tokens.dropped.x])
+    return x[_rows_of_anchors(anchor, tokens.owner)[tokens.owner]]
+
+
 def _rows_of_dropped(tokens: PackedTokens) -> Tensor:
     """Row of each dropped token, ``(A,)``; refuses those that wait aside, who speak for no cell."""
     if tokens.dropped is None:

@@ -106,6 +106,19 @@ class Host(Protocol):
         ...
 
 
+def kept_by_chance(
+    branch: Tensor, segments: Segments, chance: float, *, scale: bool = True
+) -> Tensor:
+    """Stochastic depth: drop a branch ``(T, D)`` with ``chance``, picture by picture.
+
+    ``scale`` makes up for it where it is kept.
+    """
+    kept = branch.new_empty(len(segments.lengths)).bernoulli_(1 - chance)
+    if scale:
+        kept = kept / (1 - chance)
+    return branch * kept[segments.picture].unsqueeze(1)
+
+
 def by_windows(host: Host, stem: Any, canvas: Tensor) -> Tensor:
     """Every patch of ``canvas`` by ``host.embed``, ``(B, H, W, D)``: windows overlap by margins."""
     extent = host.patch + 2 * host.margin

@@ -23,7 +23,7 @@ from tokenstep.core.attention import Attend, biased_width
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.ragged import Segments
 from tokenstep.core.tokens import PackedTokens
-from tokenstep.hosts.base import BlockSettings
+from tokenstep.hosts.base import BlockSettings, kept_by_chance
 
 
 class TimmBlock:
@@ -92,11 +92,7 @@ def drop_path(drop: nn.Module, branch: Tensor, segments: Segments) -> Tensor:
     """Keep or drop a branch, picture by picture."""
     if not (isinstance(drop, DropPath) and drop.training and drop.drop_prob > 0):
         return branch
-    keep = 1.0 - drop.drop_prob
-    kept = branch.new_empty(len(segments.lengths)).bernoulli_(keep)
-    if drop.scale_by_keep:
-        kept = kept / keep
-    return branch * kept[segments.picture].unsqueeze(1)
+    return kept_by_chance(branch, segments, drop.drop_prob, scale=drop.scale_by_keep)
 
 
 # Exact types: a subclass may override forward, and running its parts would be silently wrong.

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class LinearEmbed(nn.Module):
-    """timm's patch embedding on patches ``(n, 3, p, p)`` that were cut out before."""
+    """A convolution as wide as a patch, on patches ``(n, 3, p, p)`` that were cut out before."""
 
     margin = 0
     convolves = True
 
-    def __init__(self, patch_embed: nn.Module) -> None:
+    def __init__(self, proj: nn.Conv2d, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.proj = cast(nn.Conv2d, patch_embed.proj)
-        self.norm = cast(nn.Module, patch_embed.norm)
+        self.proj = proj
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, windows: Tensor) -> Tensor:
         """``(n, 3, p, p)`` -> ``(n, D)``."""

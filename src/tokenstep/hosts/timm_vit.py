@@ -23,7 +23,8 @@ class TimmViT:
 
     def __init__(self, vit: Any, embedding: nn.Module | None = None) -> None:
         self.require(vit)
-        embedding = LinearEmbed(vit.patch_embed) if embedding is None else embedding
+        if embedding is None:
+            embedding = LinearEmbed(vit.patch_embed.proj, vit.patch_embed.norm)
         self.patch = int(vit.patch_embed.patch_size[0])
         self.margin = cast(int, embedding.margin)
         self.prefix = int(vit.num_prefix_tokens)

@@ -21,7 +21,7 @@ from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword, plan_of
 from tokenstep.policies.batch import partition_by, policy_features
-from tokenstep.policies.entropy import Entropy
+from tokenstep.policies.entropy import EntropyPolicy
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Method:
     The source ``policy`` is the model's own. ``uniform`` merges nothing. ``oracle`` merges by the
     labels, and a superpatch may hold the share ``tolerance`` of other classes. ``random`` moves
     the superpatches of the policy's partition to random places, drawn from ``seed``. ``entropy``
-    holds the thresholds against the entropy of the pixels (:class:`Entropy`), whose own cost, some
-    four operations a pixel, is not counted.
+    holds the thresholds against the entropy of the pixels (:class:`EntropyPolicy`), whose own cost,
+    some four operations a pixel, is not counted.
 
     The sides of a picture are multiplied by ``scale``. The label map is scaled back.
 
@@ -150,7 +150,7 @@ def _by_entropy(model: Segmenter, image: Tensor, spending: Spending) -> Tensor:
     """The partition ``(1, H, W)`` of ``image (3, h, w)`` by the entropy of its pixels."""
     config = model.config
     sizes = config.policy.sizes
-    policy = Entropy(model.patch, sizes, mean=config.mean, std=config.std).to(image.device)
+    policy = EntropyPolicy(model.patch, sizes, mean=config.mean, std=config.std).to(image.device)
     normal = model.normalise([image])
     plan = plan_of(spending, sizes)
     partition, _ = partition_by(policy, normal, policy_features(policy, normal), plan)

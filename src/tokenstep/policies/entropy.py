@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenstep.config import HALF, Channels
 from tokenstep.core.partition import Grid, grid_of, level_of
+from tokenstep.errors import TokenstepError
 from tokenstep.policies.base import Policy
 
 BINS = 511  # of half a level, from 0 to 255
@@ -32,7 +33,39 @@ class Histograms:
     counts: Tensor  # (B, H // finest, W // finest, BINS) int64
 
 
-class Entropy(Policy):
+@dataclass(frozen=True, slots=True)
+class Entropy:
+    """The policy by name: superpatches of each of ``sizes`` merge below so many ``bits``.
+
+    ``sizes`` are in patches, ``bits`` one number for each; the defaults are the paper's for
+    patches of 16 px.
+
+    Raises:
+        TokenstepError: there is not one number of bits, 0 or more, for each size.
+    """
+
+    bits: tuple[float, ...] = (5.5, 4.0)
+    sizes: tuple[int, ...] = (2, 4)
+
+    def __post_init__(self) -> None:
+        if len(self.bits) != len(self.sizes) or not self.sizes or min(self.bits) < 0:
+            raise TokenstepError(f"entropy: give bits, 0 or more, for each of sizes, got {self}")
+
+    @property
+    def merge(self) -> tuple[float, ...]:
+        """The thresholds of its scores."""
+        return tuple(threshold_of(bits) for bits in self.bits)
+
+    def build(self, patch: int, mean: Channels, std: Channels) -> "EntropyPolicy":
+        """The policy for patches of so many pixels, of pictures normalised by ``mean``, ``std``.
+
+        Raises:
+            ValueError: a size is no power of two.
+        """
+        return EntropyPolicy(patch, self.sizes, mean=mean, std=std)
+
+
+class EntropyPolicy(Policy):
     """Scores superpatches by the entropy of their grey values: 1 - bits / :data:`BITS`.
 
     :func:`threshold_of` ``(bits)`` is the threshold that merges what has fewer bits. The policy

@@ -1,0 +1,55 @@
+"""Somebody else's model, made cheap: the same call and the same outputs, on fewer tokens.
+
+The user's model is walked, never changed: its weights are shared, and a model around a backbone is
+a shallow copy of it with the backbone replaced.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from tokenstep.accelerated.run import NamedPolicy
+from tokenstep.errors import TokenstepError
+from tokenstep.reducers.base import Reducer
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def accelerate(
+    model: M,
+    processor: Any = None,
+    *,
+    policy: NamedPolicy | None = None,
+    reducers: Sequence[Reducer] = (),
+) -> M:
+    """Make a model of transformers cheaper, without any training; it stays as it is itself.
+
+    What comes back takes the same call and gives the same outputs in the same shapes. ``policy``
+    merges superpatches before the first block and ``reducers`` merge or drop tokens in between;
+    with neither, outputs equal those of ``model``. ``processor`` is the model's own, whose mean and
+    std a policy needs to know. A model with a ``backbone`` keeps its class; a ViT or a backbone
+    itself becomes :class:`tokenstep.accelerated.hf.AcceleratedViT` or ``AcceleratedBackbone``,
+    which has all else that the original has. Both share their weights with ``model``.
+
+    Raises:
+        TokenstepError: the model, one of its parts or of the settings is not supported, by name; or
+            the `hf` extra is not installed.
+    """
+    try:
+        from tokenstep.accelerated.hf import accelerated_of
+    except ModuleNotFoundError as error:
+        raise TokenstepError(
+            "accelerate: needs transformers: pip install 'tokenstep[hf]'"
+        ) from error
+
+    inner = getattr(model, "backbone", None)
+    if not isinstance(inner, nn.Module):
+        return cast(M, accelerated_of(model, processor, policy, reducers))
+    changed = copy.copy(model)
+    # Dictionaries of its own, so that the user's model keeps its backbone.
+    for held in ("_modules", "_parameters", "_buffers"):
+        setattr(changed, held, dict(getattr(model, held)))
+    changed.backbone = accelerated_of(inner, processor, policy, reducers)
+    return changed

@@ -1,0 +1,210 @@
+"""transformers' ViTs and backbones on fewer tokens, with the calls and outputs of the originals."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackboneOutput
+from transformers.models.vit.modeling_vit import ViTModel
+
+from tokenstep.accelerated.run import NamedPolicy, PackedRun
+from tokenstep.config import Channels, Thresholds
+from tokenstep.errors import TokenstepError
+from tokenstep.hosts.hf_vit import DINO_V3, HFViT, layers_of
+from tokenstep.policies.base import Policy
+from tokenstep.reducers.base import Reducer
+
+
+def accelerated_of(
+    model: nn.Module,
+    processor: Any,
+    policy: NamedPolicy | None,
+    reducers: Sequence[Reducer],
+) -> "Accelerated":
+    """The accelerated form of a ViT or of a backbone; see :func:`tokenstep.accelerate`."""
+    try:
+        host = HFViT(model)
+        built = None if policy is None else policy.build(host.patch, *_normal_of(processor))
+    except ValueError as error:
+        raise TokenstepError(f"accelerate: {error}") from error
+    if built is not None:
+        built = built.to(next(model.parameters()).device)
+    thresholds = Thresholds() if policy is None else Thresholds(merge=policy.merge)
+    run = PackedRun(built, thresholds, reducers)
+    kind = AcceleratedBackbone if hasattr(model, "out_features") else AcceleratedViT
+    return kind(model, built, run, () if policy is None else policy.sizes)
+
+
+def _normal_of(processor: Any) -> tuple[Channels, Channels]:
+    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    if mean is None or std is None:
+        raise TokenstepError(
+            "accelerate: a policy has to know how pictures were normalised: give the model's "
+            "processor, with its image_mean and image_std"
+        )
+    red, green, blue = (float(one) for one in mean)
+    return (red, green, blue), cast(Channels, tuple(float(one) for one in std))
+
+
+class Accelerated(nn.Module):
+    """What both kinds have in common; any other attribute is that of the ``original``."""
+
+    original: Any
+    policy: Policy | None
+
+    def __init__(
+        self, model: nn.Module, policy: Policy | None, run: PackedRun, sizes: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.original = model
+        self.policy = policy
+        self.run = run
+        self.sizes = tuple(sizes)
+        self.train(model.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """A part of its own, or what the original has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+    def train(self, mode: bool = True) -> "Accelerated":
+        """Set the training mode; the policy stays in eval mode."""
+        super().train(mode)
+        if self.policy is not None:
+            self.policy.eval()
+        return self
+
+    def states(self, pixels: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Features behind blocks, ``(B, prefix + H * W, D)``; see :class:`PackedRun`."""
+        host = HFViT(self.original)
+        return self.run(host, pixels.to(_dtype(self.original)), wanted, self.sizes)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return next(cast(nn.Module, model.embeddings).parameters()).dtype
+
+
+class AcceleratedViT(Accelerated):
+    """A ViT: ``last_hidden_state``, ``pooler_output`` and, if asked for, ``hidden_states``."""
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """As the original's; what it does not know is refused by name.
+
+        Raises:
+            TokenstepError: an argument is not supported, or the pictures have another size than a
+                ViT that is not asked to interpolate its positions.
+        """
+        refuse(others)
+        model = self.original
+        if isinstance(model, ViTModel) and not interpolate_pos_encoding:
+            size, own = tuple(pixel_values.shape[2:]), tuple(model.embeddings.image_size)
+            if size != own:
+                raise TokenstepError(
+                    f"pictures of {size} px but the model is made for {own}: give "
+                    "interpolate_pos_encoding=True"
+                )
+        every = wants_states(model, output_hidden_states)
+        depth = len(layers_of(model))
+        found = self.states(pixel_values, range(depth + 1) if every else ())
+        last = found[-1]
+        pool = model.pooler if isinstance(model, ViTModel) else _first_row
+        pooled = None if pool is None else pool(last)
+        states = tuple(found[block] for block in range(depth + 1)) if every else None
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=states
+        )
+        return returned(model, output, return_dict)
+
+
+class AcceleratedBackbone(Accelerated):
+    """A backbone: ``feature_maps`` of the stages that it was asked for."""
+
+    def forward_with_filtered_kwargs(self, *given: Any, **named: Any) -> Any:
+        """The call that transformers' heads make."""
+        return self(*given, **named)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """As the original's; what it does not know is refused by name.
+
+        Raises:
+            TokenstepError: an argument is not supported.
+        """
+        refuse(others)
+        model = self.original
+        every = wants_states(model, output_hidden_states)
+        names = list(model.stage_names)
+        stages = [index for index, name in enumerate(names) if name in model.out_features]
+        found = self.states(pixel_values, range(len(names)) if every else stages)
+        is_v3, last = isinstance(model, DINO_V3), len(names) - 1
+        norm = model.norm if is_v3 else model.layernorm
+        maps, first = [], []
+        for stage in stages:
+            state = found[stage]
+            if model.config.apply_layernorm or (is_v3 and stage == last):
+                state = norm(state)
+            first.append(state[:, 0])
+            maps.append(self._mapped(state, pixel_values))
+        given: dict[str, Any] = {"feature_maps": tuple(maps)}
+        if every:
+            given["hidden_states"] = tuple(found[block] for block in range(len(names)))
+        if getattr(model.config, "return_class_token", False):
+            given["cls_tokens"] = tuple(first)
+        output = (DINOv3ViTBackboneOutput if is_v3 else BackboneOutput)(**given)
+        return returned(model, output, return_dict)
+
+    def _mapped(self, state: Tensor, pixels: Tensor) -> Tensor:
+        """``(B, prefix + H * W, D)`` as the feature map that the original's head is given."""
+        model, host = self.original, HFViT(self.original)
+        prefix, patch = host.prefix, host.patch
+        if not model.config.reshape_hidden_states:
+            return state[:, prefix:] if isinstance(model, DINO_V3) else state
+        grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        return torch.unflatten(state[:, prefix:], 1, grid).permute(0, 3, 1, 2).contiguous()
+
+
+def _first_row(state: Tensor) -> Tensor:
+    return state[:, 0]
+
+
+def refuse(others: dict[str, Any]) -> None:
+    """Refuse what is asked for beyond what is known here.
+
+    Raises:
+        TokenstepError: names the first such argument.
+    """
+    for name, value in others.items():
+        if value is not None and value is not False:
+            raise TokenstepError(f"accelerate: {name} is not supported on fewer tokens")
+
+
+def wants_states(model: Any, asked: Any) -> bool:
+    """Whether features of every block are wanted, by the call or else by the model's config."""
+    wanted = getattr(model.config, "output_hidden_states", False) if asked is None else asked
+    if not isinstance(wanted, bool):
+        raise TokenstepError("accelerate: give output_hidden_states as True or False")
+    return wanted
+
+
+def returned(model: Any, output: Any, return_dict: bool | None) -> Any:
+    """The output as it was asked for: by names, or as a plain tuple."""
+    named = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
+    return output if named else output.to_tuple()

@@ -1,0 +1,129 @@
+"""transformers' ViT, DINOv2 (with registers or not) and DINOv3 as hosts, models and backbones."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.models.dinov2 import modeling_dinov2 as dinov2
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
+from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+from transformers.models.vit import modeling_vit as vit
+
+from tokenstep.core.partition import Grid
+from tokenstep.core.tokens import PackedTokens
+from tokenstep.hosts.base import Learned
+from tokenstep.hosts.hf_block import HFBlock, require_layer
+from tokenstep.hosts.positions import resampled
+from tokenstep.hosts.rotary import FULL_TURN, centred, turns
+from tokenstep.hosts.timm_embed import LinearEmbed
+
+# Exact types: a subclass may override forward, and walking its parts would be silently wrong.
+WITH_REGISTERS = (registers.Dinov2WithRegistersModel, registers.Dinov2WithRegistersBackbone)
+DINO_V3 = (dinov3.DINOv3ViTModel, dinov3.DINOv3ViTBackbone)
+MODELS = (vit.ViTModel, dinov2.Dinov2Model, dinov2.Dinov2Backbone, *WITH_REGISTERS, *DINO_V3)
+
+
+class HFViT:
+    """A ViT of transformers as a host.
+
+    Raises:
+        ValueError: the model or one of its parts is not supported, by name.
+    """
+
+    margin = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        if type(model) not in MODELS:
+            known = ", ".join(kind.__name__ for kind in MODELS)
+            raise ValueError(f"{type(model).__name__} is not supported: choose from {known}")
+        config, stem = cast(Any, model).config, cast(Any, model).embeddings
+        embeddings = stem.patch_embeddings
+        proj = embeddings if isinstance(embeddings, nn.Conv2d) else embeddings.projection
+        self.patch = int(proj.kernel_size[0])
+        if proj.kernel_size != (self.patch, self.patch) or proj.stride != proj.kernel_size:
+            raise ValueError(
+                f"patches of {proj.kernel_size} px are not supported, only square ones"
+            )
+        self.dim = int(config.hidden_size)
+        self.is_v3 = isinstance(model, DINO_V3)
+        extra = getattr(stem, "register_tokens", None)
+        self.prefix = 1 + (0 if extra is None else int(extra.shape[1]))
+        self.antialias = isinstance(model, WITH_REGISTERS)
+        table = getattr(stem, "position_embeddings", None)
+        side = 0 if table is None else math.isqrt(table.shape[1] - 1)
+        self.table_grid: Grid = (side, side)
+        if table is not None and side * side != table.shape[1] - 1:
+            raise ValueError("positions of pictures that are not square are not supported")
+        layers = layers_of(model)
+        for index, layer in enumerate(layers):
+            require_layer(layer, f"layer.{index}")
+        norm = cast(Any, model).norm if self.is_v3 else cast(Any, model).layernorm
+        self.parts: tuple[dict[str, Learned], dict[str, Learned]] = (
+            {
+                "embed": LinearEmbed(proj),
+                "cls_token": stem.cls_token,
+                "register_tokens": extra,
+                "position_embeddings": table,
+                "dropout": getattr(stem, "dropout", None),
+            },
+            {"layer": layers, "norm": norm, "rope": getattr(model, "rope_embeddings", None)},
+        )
+
+    def before(self) -> Mapping[str, Learned]:
+        """What it learned for use before its blocks, by name."""
+        return self.parts[0]
+
+    def behind(self) -> Mapping[str, Learned]:
+        """Its layers and the norm behind them, by name."""
+        return self.parts[1]
+
+    def embed(self, stem: Any, windows: Tensor) -> Tensor:
+        """Windows ``(n, 3, p, p)`` -> ``(n, D)``."""
+        return cast(Tensor, stem.embed(windows))
+
+    def embed_grid(self, stem: Any, canvas: Tensor) -> Tensor:
+        """All patches of ``canvas`` at once -> ``(B, H, W, D)``."""
+        return cast(Tensor, stem.embed.on_grid(canvas))
+
+    def prefix_rows(self, stem: Any) -> Tensor:
+        """CLS and register rows, ``(prefix, D)``; of them CLS alone has a position."""
+        first = stem.cls_token[0]
+        if stem.position_embeddings is not None:
+            first = first + stem.position_embeddings[0, :1]
+        return first if self.prefix == 1 else torch.cat([first, stem.register_tokens[0]])
+
+    def positions(self, stem: Any, grid: Grid) -> Tensor | None:
+        """Position embedding of the cells of a grid, ``(1, D, H, W)``."""
+        if stem.position_embeddings is None:
+            return None
+        table = stem.position_embeddings[:, 1:].transpose(1, 2)
+        return resampled(table.unflatten(2, self.table_grid), grid, antialias=self.antialias)
+
+    def rotary(self, trunk: Any, tokens: PackedTokens) -> Tensor | None:
+        """DINOv3's sine and cosine by the mean place of each row's patches; else nothing."""
+        if trunk.rope is None:
+            return None
+        bands = FULL_TURN * trunk.rope.inv_freq
+        return turns(centred(tokens), bands, tokens.is_prefix, halves=True)
+
+    def enter(self, stem: Any, x: Tensor) -> Tensor:
+        """Dropout before the first layer, if there is any."""
+        return x if stem.dropout is None else cast(Tensor, stem.dropout(x))
+
+    def blocks(self, trunk: Any) -> list[HFBlock]:
+        """Its layers, first to last."""
+        return [HFBlock(layer) for layer in trunk.layer]
+
+    def norm(self, trunk: Any, x: Tensor) -> Tensor:
+        """The norm behind the last layer."""
+        return cast(Tensor, trunk.norm(x))
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The layers of a model of :data:`MODELS`."""
+    if isinstance(model, vit.ViTModel):
+        return model.layers
+    encoder = model.model if isinstance(model, DINO_V3) else model.encoder
+    return cast(nn.ModuleList, encoder.layer)
