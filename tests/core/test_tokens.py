@@ -187,6 +187,27 @@ def test_a_row_lies_in_the_middle_of_its_cells(grids: list[tuple[int, int]], pre
         torch.testing.assert_close(tokens.middles()[row], expected)
 
 
+@given(GRIDS, st.integers(0, 2), st.integers(0, 3))
+def test_rows_that_join_speak_for_no_cell(
+    grids: list[tuple[int, int]], prefix: int, count: int
+) -> None:
+    tokens = grid_tokens(grids, prefix=prefix)
+    tokens = tokens.merge(random_merge(tokens))
+    rows = torch.randn(count, tokens.x.shape[1])
+    joined = tokens.join(rows)
+    check(joined)
+    assert joined.prefix == prefix + count and joined.owner is tokens.owner
+    pairs = zip(
+        torch.split(tokens.x, tokens.segments.lengths),
+        torch.split(joined.x, joined.segments.lengths),
+        strict=True,
+    )
+    for before, after in pairs:
+        assert torch.equal(after, torch.cat([before[:prefix], rows, before[prefix:]]))
+    assert torch.equal(joined.size[~joined.is_prefix], tokens.size[~tokens.is_prefix])
+    assert joined.counts().tolist() == tokens.counts().tolist()
+
+
 def test_prefix_rows_are_not_dropped() -> None:
     tokens = grid_tokens([(2, 2)])
     with pytest.raises(ValueError, match="prefix"):

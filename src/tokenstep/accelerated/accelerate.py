@@ -30,15 +30,15 @@ def accelerate(
     merges superpatches before the first block and ``reducers`` merge or drop tokens in between;
     with neither, outputs equal those of ``model``. ``processor`` is the model's own, whose mean and
     std a policy needs to know. A model with a ``backbone`` keeps its class; a ViT or a backbone
-    itself becomes :class:`tokenstep.accelerated.hf.AcceleratedViT` or ``AcceleratedBackbone``,
-    which has all else that the original has. Both share their weights with ``model``.
+    itself, or an EoMT, becomes a module of :mod:`tokenstep.accelerated`, which has all else that
+    the original has. Both share their weights with ``model``.
 
     Raises:
         TokenstepError: the model, one of its parts or of the settings is not supported, by name; or
             the `hf` extra is not installed.
     """
     try:
-        from tokenstep.accelerated.hf import accelerated_of
+        from tokenstep.accelerated.named import accelerated_of
     except ModuleNotFoundError as error:
         raise TokenstepError(
             "accelerate: needs transformers: pip install 'tokenstep[hf]'"

@@ -9,43 +9,11 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackboneOutput
 from transformers.models.vit.modeling_vit import ViTModel
 
-from tokenstep.accelerated.run import NamedPolicy, PackedRun
-from tokenstep.config import Channels, Thresholds
+from tokenstep.accelerated.run import PackedRun
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.hf_vit import DINO_V3, HFViT, layers_of
+from tokenstep.model.encoder import Joining
 from tokenstep.policies.base import Policy
-from tokenstep.reducers.base import Reducer
-
-
-def accelerated_of(
-    model: nn.Module,
-    processor: Any,
-    policy: NamedPolicy | None,
-    reducers: Sequence[Reducer],
-) -> "Accelerated":
-    """The accelerated form of a ViT or of a backbone; see :func:`tokenstep.accelerate`."""
-    try:
-        host = HFViT(model)
-        built = None if policy is None else policy.build(host.patch, *_normal_of(processor))
-    except ValueError as error:
-        raise TokenstepError(f"accelerate: {error}") from error
-    if built is not None:
-        built = built.to(next(model.parameters()).device)
-    thresholds = Thresholds() if policy is None else Thresholds(merge=policy.merge)
-    run = PackedRun(built, thresholds, reducers)
-    kind = AcceleratedBackbone if hasattr(model, "out_features") else AcceleratedViT
-    return kind(model, built, run, () if policy is None else policy.sizes)
-
-
-def _normal_of(processor: Any) -> tuple[Channels, Channels]:
-    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
-    if mean is None or std is None:
-        raise TokenstepError(
-            "accelerate: a policy has to know how pictures were normalised: give the model's "
-            "processor, with its image_mean and image_std"
-        )
-    red, green, blue = (float(one) for one in mean)
-    return (red, green, blue), cast(Channels, tuple(float(one) for one in std))
 
 
 class Accelerated(nn.Module):
@@ -78,14 +46,12 @@ class Accelerated(nn.Module):
             self.policy.eval()
         return self
 
-    def states(self, pixels: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+    def states(
+        self, pixels: Tensor, wanted: Sequence[int], joining: Joining | None = None
+    ) -> dict[int, Tensor]:
         """Features behind blocks, ``(B, prefix + H * W, D)``; see :class:`PackedRun`."""
-        host = HFViT(self.original)
-        return self.run(host, pixels.to(_dtype(self.original)), wanted, self.sizes)
-
-
-def _dtype(model: Any) -> torch.dtype:
-    return next(cast(nn.Module, model.embeddings).parameters()).dtype
+        dtype = next(cast(nn.Module, self.original.embeddings).parameters()).dtype
+        return self.run(HFViT(self.original), pixels.to(dtype), wanted, self.sizes, joining)
 
 
 class AcceleratedViT(Accelerated):

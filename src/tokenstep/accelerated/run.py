@@ -18,7 +18,7 @@ from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import features_of_cells
 from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.model.dataflow import DATAFLOWS, flow_for
-from tokenstep.model.encoder import Encoder
+from tokenstep.model.encoder import Encoder, Joining
 from tokenstep.model.spending import plan_of
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.base import Policy
@@ -83,12 +83,17 @@ class PackedRun:
         self.rows: tuple[tuple[int, ...], ...] = ()  # that entered each block, in the last run
 
     def __call__(
-        self, host: Host, pixels: Tensor, wanted: Collection[int], sizes: Sequence[int]
+        self,
+        host: Host,
+        pixels: Tensor,
+        wanted: Collection[int],
+        sizes: Sequence[int],
+        joining: Joining | None = None,
     ) -> dict[int, Tensor]:
         """Features behind the blocks that are ``wanted``, and behind the norm as block -1.
 
         ``pixels (B, 3, h, w)`` are normalised; what hangs over whole patches is cut off. Each is
-        ``(B, prefix + H * W, D)``.
+        ``(B, prefix + H * W, D)``. ``joining`` is what the model does before some of its blocks.
 
         Raises:
             TokenstepError: the policy's scores are not finite.
@@ -106,6 +111,7 @@ class PackedRun:
         tokens = Tokeniser(host, sides=sizes, sub_patches=False)(groups, level, flow=flow)
         reading = Reading(wanted)
         reading(tokens, 0, None)
-        tokens, trace = Encoder(host, BlockSettings())(tokens, [*self.reducers, reading])
+        encode = Encoder(host, BlockSettings())
+        tokens, trace = encode(tokens, [*self.reducers, reading], joining)
         self.rows = tuple(trace.attention)
         return {**reading.found, -1: spread(tokens)}

@@ -53,6 +53,19 @@ class Attended:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Keys that a few rows of each picture do not see, as EoMT's queries those outside their masks.
+
+    These rows are the ``count`` ones behind the first ``start`` rows of each picture. ``sees``,
+    ``(T, count)`` bool, says of each row, as a key, which of them see it.
+    """
+
+    start: int
+    count: int
+    sees: Tensor
+
+
 _BAND = 2**20  # weights of a head at a time
 
 
@@ -60,7 +73,8 @@ class Attend:
     """The kernel that the attention of a block calls, over the packed rows of one moment.
 
     ``cells (T,)`` lets a row weigh as the cells that it speaks for. ``keep`` says that what was
-    seen is wanted afterwards, as :attr:`seen`; it holds memory.
+    seen is wanted afterwards, as :attr:`seen`; it holds memory. ``hidden`` are keys that some rows
+    do not see.
     """
 
     def __init__(
@@ -70,11 +84,13 @@ class Attend:
         cells: Tensor | None = None,
         backend: Backend = "auto",
         keep: bool = False,
+        hidden: Hidden | None = None,
     ) -> None:
         self.segments = segments
         self.cells = cells
         self.backend = backend
         self.keep = keep
+        self.hidden = hidden
         self.seen: Attended | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
@@ -85,6 +101,8 @@ class Attend:
         if self.cells is not None:
             q, k, v = with_size_bias(q, k, v, size=self.cells, scale=scale)
         out = packed_attention(q, k, v, segments=self.segments, scale=scale, backend=self.backend)
+        if self.hidden is not None:
+            out = _masked(out, q, k, v, segments=self.segments, scale=scale, hidden=self.hidden)
         return out[..., :width]
 
 
@@ -181,6 +199,30 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float
     mask = padding.real[:, None, None]
     out = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask, scale=scale)
     return padding.unpad(out.transpose(1, 2))
+
+
+def _masked(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Segments,
+    scale: float,
+    hidden: Hidden,
+) -> Tensor:
+    """Put right the rows of ``out (T, heads, d)`` that do not see all keys; they are few."""
+    begin, parts = 0, []
+    for length in segments.lengths:
+        own = slice(begin, begin + length)
+        asking = slice(begin + hidden.start, begin + hidden.start + hidden.count)
+        # (1, heads, rows, d)
+        few, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q[asking], k[own], v[own]))
+        mask = hidden.sees[own].t()  # (count, length)
+        found = F.scaled_dot_product_attention(few, keys, values, attn_mask=mask, scale=scale)
+        parts += [out[begin : asking.start], found[0].transpose(0, 1), out[asking.stop : own.stop]]
+        begin += length
+    return torch.cat(parts)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float) -> Tensor:

@@ -126,6 +126,27 @@ class PackedTokens:
         """The same tokens with new features ``x (T, D)``."""
         return replace(self, x=x)
 
+    def join(self, rows: Tensor) -> "PackedTokens":
+        """Let ``rows (n, D)`` that speak for no cell join each picture, behind its prefix rows.
+
+        They are prefix rows from now on.
+        """
+        count, batch = len(rows), self.pictures
+        more = torch.arange(batch + 1, device=self.x.device) * count
+        segments = self.segments.plus(Segments(more, (count,) * batch))
+        # Where each old row lies now: those behind the prefix make room for one picture more.
+        old = torch.arange(len(self.x), device=self.x.device)
+        room = self.picture() + ~self.is_prefix
+        place = old + count * room
+        new = segments.offsets[:-1, None] + self.prefix + torch.arange(count, device=old.device)
+        x = self.x.new_empty(segments.total, self.x.shape[1]).index_copy(0, place, self.x)
+        x = x.index_copy(0, new.flatten(), rows.to(x.dtype).repeat(batch, 1))
+        size = self.size.new_ones(segments.total).index_copy(0, place, self.size)
+        anchor = self.anchor.new_full((segments.total,), -1).index_copy(0, place, self.anchor)
+        return replace(
+            self, x=x, segments=segments, size=size, anchor=anchor, prefix=self.prefix + count
+        )
+
     def merge(self, into: Tensor, weight: Tensor | None = None) -> "PackedTokens":
         """Merge each row ``r`` into row ``into[r]``; a row with ``into[r] == r`` survives.
 

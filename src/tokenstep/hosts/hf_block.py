@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+from transformers.models.eomt import modeling_eomt as eomt
+from transformers.models.eomt_dinov3 import modeling_eomt_dinov3 as eomt_dinov3
 from transformers.models.vit import modeling_vit as vit
 
 from tokenstep.core.attention import Attend, biased_width
@@ -20,11 +22,15 @@ PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     dinov2.Dinov2Layer: (dinov2.Dinov2Attention,),
     registers.Dinov2WithRegistersLayer: (registers.Dinov2WithRegistersAttention,),
     dinov3.DINOv3ViTLayer: (dinov3.DINOv3ViTAttention,),
+    eomt.EomtLayer: (eomt.EomtAttention,),
+    eomt_dinov3.EomtDinov3Layer: (eomt_dinov3.EomtDinov3Attention,),
 }
 DROPS = (
     dinov2.Dinov2DropPath,
     registers.Dinov2WithRegistersDropPath,
     dinov3.Dinov3ViTDropPath,
+    eomt.EomtDropPath,
+    eomt_dinov3.EomtDinov3DropPath,
 )
 
 
@@ -40,16 +46,16 @@ def require_layer(layer: nn.Module, path: str) -> None:
     attention = cast(Any, layer).attention
     if type(attention) not in allowed:
         raise ValueError(f"{path}.attention: {type(attention).__name__} is not supported")
-    if _attention_dropout(attention) > 0:
+    if _either(attention, "attention_dropout", "dropout") > 0:
         raise ValueError(f"{path}.attention: attention dropout is not supported")
     drop = getattr(layer, "drop_path", None)
     if not isinstance(drop, (nn.Identity, *DROPS, type(None))):
         raise ValueError(f"{path}.drop_path: {type(drop).__name__} is not supported")
 
 
-def _attention_dropout(attention: Any) -> float:
-    is_v3 = isinstance(attention, dinov3.DINOv3ViTAttention)
-    return float(attention.dropout if is_v3 else attention.attention_dropout)
+def _either(attention: Any, name: str, other: str) -> Any:
+    """What the attention of one family calls ``name`` and that of another ``other``."""
+    return getattr(attention, name) if hasattr(attention, name) else getattr(attention, other)
 
 
 class HFBlock:
@@ -63,8 +69,7 @@ class HFBlock:
     @property
     def heads(self) -> int:
         """Heads of its attention."""
-        is_v3 = isinstance(self.attn, dinov3.DINOv3ViTAttention)
-        return int(self.attn.num_heads if is_v3 else self.attn.num_attention_heads)
+        return int(_either(self.attn, "num_attention_heads", "num_heads"))
 
     @property
     def first(self) -> nn.Module:
@@ -80,7 +85,8 @@ class HFBlock:
             proj(rows).unflatten(-1, shape) for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         q, k = (turned(side, rotary, halves=True) for side in (q, k))
-        out = attn.o_proj(attend(q, k, v, scale=attn.scaling).flatten(1))
+        attended = attend(q, k, v, scale=_either(attn, "scaling", "scale")).flatten(1)
+        out = _either(attn, "o_proj", "out_proj")(attended)
         return x + self._branch(out, attend.segments, "layer_scale1")
 
     def mlp(self, x: Tensor, segments: Segments) -> Tensor:

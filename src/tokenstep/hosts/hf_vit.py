@@ -1,4 +1,4 @@
-"""transformers' ViT, DINOv2 (with registers or not) and DINOv3 as hosts, models and backbones."""
+"""transformers' ViT, DINOv2 (with registers or not) and DINOv3 as hosts, and those of EoMTs."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+from transformers.models.eomt import modeling_eomt as eomt
+from transformers.models.eomt_dinov3 import modeling_eomt_dinov3 as eomt_dinov3
 from transformers.models.vit import modeling_vit as vit
 
 from tokenstep.core.partition import Grid
@@ -22,7 +24,9 @@ from tokenstep.hosts.timm_embed import LinearEmbed
 # Exact types: a subclass may override forward, and walking its parts would be silently wrong.
 WITH_REGISTERS = (registers.Dinov2WithRegistersModel, registers.Dinov2WithRegistersBackbone)
 DINO_V3 = (dinov3.DINOv3ViTModel, dinov3.DINOv3ViTBackbone)
-MODELS = (vit.ViTModel, dinov2.Dinov2Model, dinov2.Dinov2Backbone, *WITH_REGISTERS, *DINO_V3)
+EOMT = (eomt.EomtForUniversalSegmentation, eomt_dinov3.EomtDinov3ForUniversalSegmentation)
+VITS = (vit.ViTModel, dinov2.Dinov2Model, dinov2.Dinov2Backbone, *WITH_REGISTERS, *DINO_V3)
+MODELS = (*VITS, *EOMT)
 
 
 class HFViT:
@@ -47,26 +51,26 @@ class HFViT:
                 f"patches of {proj.kernel_size} px are not supported, only square ones"
             )
         self.dim = int(config.hidden_size)
-        self.is_v3 = isinstance(model, DINO_V3)
         extra = getattr(stem, "register_tokens", None)
         self.prefix = 1 + (0 if extra is None else int(extra.shape[1]))
         self.antialias = isinstance(model, WITH_REGISTERS)
         table = getattr(stem, "position_embeddings", None)
-        side = 0 if table is None else math.isqrt(table.shape[1] - 1)
+        patches = 0 if table is None else _patch_table(table).shape[1]
+        side = math.isqrt(patches)
         self.table_grid: Grid = (side, side)
-        if table is not None and side * side != table.shape[1] - 1:
+        if side * side != patches:
             raise ValueError("positions of pictures that are not square are not supported")
         layers = layers_of(model)
         for index, layer in enumerate(layers):
             require_layer(layer, f"layer.{index}")
-        norm = cast(Any, model).norm if self.is_v3 else cast(Any, model).layernorm
+        norm = cast(Any, model).norm if isinstance(model, DINO_V3) else cast(Any, model).layernorm
         self.parts: tuple[dict[str, Learned], dict[str, Learned]] = (
             {
                 "embed": LinearEmbed(proj),
                 "cls_token": stem.cls_token,
                 "register_tokens": extra,
                 "position_embeddings": table,
-                "dropout": getattr(stem, "dropout", None),
+                "dropout": getattr(stem, "dropout", getattr(model, "dropout", None)),
             },
             {"layer": layers, "norm": norm, "rope": getattr(model, "rope_embeddings", None)},
         )
@@ -89,17 +93,17 @@ class HFViT:
 
     def prefix_rows(self, stem: Any) -> Tensor:
         """CLS and register rows, ``(prefix, D)``; of them CLS alone has a position."""
-        first = stem.cls_token[0]
-        if stem.position_embeddings is not None:
-            first = first + stem.position_embeddings[0, :1]
+        first, table = stem.cls_token[0], stem.position_embeddings
+        if table is not None and not isinstance(table, nn.Embedding):
+            first = first + table[0, :1]
         return first if self.prefix == 1 else torch.cat([first, stem.register_tokens[0]])
 
     def positions(self, stem: Any, grid: Grid) -> Tensor | None:
         """Position embedding of the cells of a grid, ``(1, D, H, W)``."""
         if stem.position_embeddings is None:
             return None
-        table = stem.position_embeddings[:, 1:].transpose(1, 2)
-        return resampled(table.unflatten(2, self.table_grid), grid, antialias=self.antialias)
+        table = _patch_table(stem.position_embeddings).transpose(1, 2)
+        return resampled(torch.unflatten(table, 2, self.table_grid), grid, antialias=self.antialias)
 
     def rotary(self, trunk: Any, tokens: PackedTokens) -> Tensor | None:
         """DINOv3's sine and cosine by the mean place of each row's patches; else nothing."""
@@ -121,9 +125,15 @@ class HFViT:
         return cast(Tensor, trunk.norm(x))
 
 
+def _patch_table(table: Any) -> Tensor:
+    """Positions of patches, ``(1, N, D)``; EoMT's table has none of CLS."""
+    own = table.weight[None] if isinstance(table, nn.Embedding) else table[:, 1:]
+    return cast(Tensor, own)
+
+
 def layers_of(model: Any) -> nn.ModuleList:
     """The layers of a model of :data:`MODELS`."""
-    if isinstance(model, vit.ViTModel):
+    if isinstance(model, (vit.ViTModel, *EOMT)):
         return model.layers
     encoder = model.model if isinstance(model, DINO_V3) else model.encoder
     return cast(nn.ModuleList, encoder.layer)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from torch import nn
 
-from tokenstep.core.attention import Attend, Attended
+from tokenstep.core.attention import Attend, Attended, Hidden
 from tokenstep.core.ragged import rows_of
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.hosts.base import BlockSettings, Host, HostBlock
@@ -35,6 +36,14 @@ class Trace:
     asked: list[Asked] = field(default_factory=list)
 
 
+class Joining(Protocol):
+    """What a model does before some of its blocks: rows join, or are hidden from others."""
+
+    def __call__(self, tokens: PackedTokens, block: int) -> tuple[PackedTokens, Hidden | None]:
+        """The tokens that enter ``block`` (1 = first), and which keys are hidden in it."""
+        ...
+
+
 class Encoder(nn.Module):
     """The blocks and final norm of a host, over packed tokens of any lengths."""
 
@@ -50,24 +59,35 @@ class Encoder(nn.Module):
         return self.host.blocks(self)
 
     def forward(
-        self, tokens: PackedTokens, reducers: Sequence[Reducer] = ()
+        self,
+        tokens: PackedTokens,
+        reducers: Sequence[Reducer] = (),
+        joining: Joining | None = None,
     ) -> tuple[PackedTokens, Trace]:
         """Run all blocks; also return how many rows went where.
 
-        In each block every reducer is asked in turn, at its own site. What was dropped rejoins at
-        the end, and the final norm is applied to all that is left.
+        Before each block ``joining`` is asked, and in it every reducer in turn, at its own site.
+        What was dropped rejoins at the end, and the final norm is applied to all that is left.
         """
         trace, settings = Trace(), self.settings
         between = [reducer for reducer in reducers if reducer.site == "attention"]
         behind = [reducer for reducer in reducers if reducer.site == "block"]
-        rotary, rows = None, None
-        for block in self.host_blocks():
+        rotary, rows, hidden = None, None, None
+        for number, block in enumerate(self.host_blocks(), start=1):
+            if joining is not None:
+                tokens, hidden = joining(tokens, number)
             segments = tokens.segments
             if tokens.anchor is not rows:  # some have left or merged
                 rotary, rows = self.host.rotary(self, tokens), tokens.anchor
             trace.attention.append(segments.lengths)
             cells = tokens.size if settings.size_bias else None
-            attend = Attend(segments, cells=cells, backend=settings.backend, keep=bool(between))
+            attend = Attend(
+                segments,
+                cells=cells,
+                backend=settings.backend,
+                keep=bool(between),
+                hidden=hidden,
+            )
             attention = partial(block.attention, rotary=rotary)
             tokens = tokens.with_features(settings.run(attention, tokens.x, attend))
             tokens = _reduced(tokens, between, trace, attend.seen)
