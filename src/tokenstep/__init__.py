@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tokenstep.errors import TokenstepError
     from tokenstep.hub import load, shipped_models
     from tokenstep.model.config import ModelConfig
+    from tokenstep.model.dense import dense
     from tokenstep.model.result import Result
     from tokenstep.model.segmented import TokenUse
     from tokenstep.model.segmenter import Segmenter
@@ -31,6 +32,7 @@ __all__ = [
     "VitConfig",
     "__version__",
     "accelerate",
+    "dense",
     "load",
     "shipped_models",
 ]
@@ -43,6 +45,7 @@ _MODULES = {
     "errors": ("TokenstepError",),
     "hub": ("load", "shipped_models"),
     "model.config": ("ModelConfig",),
+    "model.dense": ("dense",),
     "model.result": ("Result",),
     "model.segmented": ("TokenUse",),
     "model.segmenter": ("Segmenter",),

@@ -27,12 +27,13 @@ class InitialWeights:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The CNN that looks for superpatches.
+    """What looks for superpatches of ``sizes``, in patches: a CNN, or their entropy.
 
-    ``scale`` is the resolution it reads the picture at; ``stages`` are the feature stages of the
-    timm ``trunk`` that feed its pyramid (stage k has stride ``2 ** (k + 1)`` in EfficientNets).
-    ``pretrained`` is for recipes: the trunk starts from timm's weights on the hub (true) or from a
-    safetensors file (its path).
+    ``kind`` "dcts" is the CNN. ``scale`` is the resolution it reads the picture at; ``stages`` are
+    the feature stages of the timm ``trunk`` that feed its pyramid (stage k has stride
+    ``2 ** (k + 1)`` in EfficientNets). ``pretrained`` is for recipes: the trunk starts from timm's
+    weights on the hub (true) or from a safetensors file (its path). ``kind`` "entropy" (APT, arXiv
+    2510.18091) learns nothing and uses nothing of these.
     """
 
     trunk: str = "mobilenetv3_small_100"
@@ -41,6 +42,7 @@ class PolicyConfig:
     width: int = 64
     scale: float = 0.5
     pretrained: bool | str = False
+    kind: Literal["dcts", "entropy"] = "dcts"
 
     def __post_init__(self) -> None:
         require(len(set(self.sizes)) == len(self.sizes), "sizes", "distinct", self.sizes)

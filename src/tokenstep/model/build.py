@@ -13,7 +13,7 @@ from tokenstep.model.decoder import LinearDecoder, MaskDecoder
 from tokenstep.model.encoder import Encoder
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.base import Policy
-from tokenstep.policies.dcts import DCTS
+from tokenstep.policies.named import build_policy
 from tokenstep.reducers.exit_heads import ExitHeads
 
 
@@ -49,7 +49,8 @@ def step_parts(
             f"exits must be rising counts of blocks from 1 to {depth - 1}, "
             f"got {config.vit.exits} for {depth} blocks"
         )
-    policy = DCTS(config.policy, host.patch) if policy is None else policy
+    if policy is None:
+        policy = build_policy(config.policy, host.patch, config.mean, config.std)
     if policy.patch != host.patch:
         raise ValueError(f"the policy has patches of {policy.patch} px, the ViT of {host.patch} px")
     classes, cells, dim = len(config.classes), config.vit.cells, host.dim
@@ -78,11 +79,13 @@ def require_described(config: ModelConfig, model: nn.Module) -> None:
         with torch.random.fork_rng(devices=[]):  # what is drawn after a save stays as it was
             parts = step_parts(config)
         described = {
-            f"{name}.{key}" for name in Parts.__slots__ for key in getattr(parts, name).state_dict()
+            f"{name}.{key}": value.shape
+            for name in Parts.__slots__
+            for key, value in getattr(parts, name).state_dict().items()
         }
     except ValueError:  # a host of its own name
-        described = set()
-    if described != set(model.state_dict()):
+        described = {}
+    if described != {key: value.shape for key, value in model.state_dict().items()}:
         raise TokenstepError(
             "the model has parts of its own, which config.json does not describe: a folder of it "
             "would not load; keep its state_dict, and build it in Python"

@@ -33,7 +33,7 @@ def model_card(config: ModelConfig, made: Sequence[str] = (), scores: Sequence[s
         f"A plain ViT segmenter with merged tokens and early exits: `{vit.name}`, {depth}, patches "
         f"of {vit.patch or 'its own number of'} px, superpatches of "
         f"{', '.join(f'{size}x{size}' for size in policy.sizes) or 'no size'} patches chosen by "
-        f"`{policy.trunk}`, {exits}."
+        f"{'their entropy' if policy.kind == 'entropy' else f'`{policy.trunk}`'}, {exits}."
     )
     use = 'import tokenstep\n\nresult = tokenstep.load("THIS FOLDER").segment("picture.jpg")'
     classes = f"{len(config.classes)} classes: {', '.join(config.classes)}."

@@ -9,7 +9,6 @@ of patches is filled up with the border (theirs never merge it).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +91,8 @@ class EntropyPolicy(Policy):
         self.patch = patch
         self.sizes = tuple(sizes)
         # A normalised channel's share of the grey value, and what the means add to it.
-        weight = torch.tensor(GREY) * torch.tensor(std)
-        shift = sum(share * one for share, one in zip(GREY, mean, strict=True))
-        self.register_buffer("weight", weight.view(3, 1, 1), persistent=False)
-        self.shift = shift
+        self.shares = tuple(share * one for share, one in zip(GREY, std, strict=True))
+        self.shift = sum(share * one for share, one in zip(GREY, mean, strict=True))
 
     def features(self, images: Tensor) -> Histograms:
         """Count the grey values of ``images (B, 3, h, w)``, normalised."""
@@ -103,7 +100,9 @@ class EntropyPolicy(Policy):
         grid = grid_of((height, width), self.patch)
         side = min(self.sizes) * self.patch
         rows, columns = (count // min(self.sizes) for count in grid)
-        grey = (images.float() * cast(Tensor, self.weight).float()).sum(1) + self.shift
+        channels = zip(images.float().unbind(1), self.shares, strict=True)
+        grey = sum((channel * share for channel, share in channels), start=images.new_zeros(()))
+        grey = grey + self.shift
         # To the nearest, so that whole levels lie in the middle of a bin.
         bins = (grey * (BINS - 1)).round().long().clamp(0, BINS - 1)
         padding = (0, max(0, columns * side - width), 0, max(0, rows * side - height))

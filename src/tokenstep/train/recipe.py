@@ -152,6 +152,7 @@ class PolicyRecipe:
     def __post_init__(self) -> None:
         _check_phases(self.phases)
         _check_normal(self.mean, self.std)
+        require(self.policy.kind == "dcts", "policy.kind", "dcts to be trained", self.policy.kind)
         require(self.patch >= 1, "patch", "1 or more", self.patch)
         require(0 <= self.tolerance < 1, "tolerance", "0 to below 1", self.tolerance)
         weight = self.class_weight

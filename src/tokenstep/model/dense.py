@@ -1,0 +1,93 @@
+"""Somebody's dense timm segmenter as a Segmenter: its ViT, its head, and nothing trained."""
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenstep.config import RGB, Channels, PolicyConfig, VitConfig
+from tokenstep.errors import TokenstepError
+from tokenstep.hosts.timm_named import host_type
+from tokenstep.model.build import step_parts
+from tokenstep.model.config import ModelConfig
+from tokenstep.model.decoder import LinearDecoder
+from tokenstep.model.segmenter import Segmenter
+from tokenstep.policies.entropy import Entropy
+
+
+def dense(
+    vit: nn.Module,
+    head: nn.Module,
+    classes: Sequence[str],
+    *,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    palette: Sequence[RGB] | None = None,
+    policy: Entropy | None = None,
+) -> Segmenter:
+    """Make a Segmenter of a timm ViT under a head of its patch tokens, both trained elsewhere.
+
+    ``head`` is ``nn.Linear(D, C)`` or a 1x1 ``nn.Conv2d`` of the normed tokens, whose logits are
+    scaled up to the picture. Pictures are normalised by ``mean`` and ``std``, by default the ones
+    that timm has for the ViT. ``policy`` (ours: APT's entropy, by default with its sizes) is there
+    to be used; until it is, by thresholds or ``policy.merge``, the model is the dense one. Parts
+    are shared with ``vit``. A ViT that timm builds by its name can be saved and loaded.
+
+    Raises:
+        TokenstepError: the ViT or the head is not supported, or they do not fit each other or the
+            classes.
+    """
+    policy = Entropy() if policy is None else policy
+    try:
+        host = host_type(vit)(vit)
+    except ValueError as error:
+        raise TokenstepError(f"dense: {error}") from error
+    known, grid = cast(Any, vit).pretrained_cfg, host.table_grid
+    config = ModelConfig(
+        tuple(classes),
+        tuple(palette) if palette is not None else colours(len(classes)),
+        VitConfig(
+            known["architecture"],
+            patch=host.patch,
+            depth=len(cast(Any, vit).blocks),
+            image_size=(grid[0] * host.patch, grid[1] * host.patch),
+        ),
+        PolicyConfig(kind="entropy", sizes=policy.sizes),
+        mean=mean or tuple(known["mean"]),
+        std=std or tuple(known["std"]),
+    )
+    parts = step_parts(config, host=host)
+    weight, bias = _linear(head)
+    linear = cast(LinearDecoder, parts.decoder).linear
+    if weight.shape != linear.weight.shape:
+        raise TokenstepError(
+            f"dense: the head makes {weight.shape[0]} logits of {weight.shape[1]} features, but "
+            f"there are {len(classes)} classes and the ViT has {host.dim} features"
+        )
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+    return Segmenter(config, parts).to(weight.device, weight.dtype).eval()
+
+
+def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``(C, D)`` and bias ``(C,)`` of a head."""
+    if isinstance(head, nn.Linear):
+        return head.weight, head.bias
+    if isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1:
+        return head.weight.flatten(1), head.bias
+    raise TokenstepError(
+        f"dense: a head of type {type(head).__name__} is not supported: give nn.Linear, or an "
+        "nn.Conv2d of 1x1"
+    )
+
+
+def colours(count: int) -> tuple[RGB, ...]:
+    """So many colours that differ, by their hue and every other one darker."""
+    made = (
+        colorsys.hsv_to_rgb(index / max(1, count), 0.75, 0.95 if index % 2 else 0.6)
+        for index in range(count)
+    )
+    return tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in made)
