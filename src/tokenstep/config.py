@@ -48,6 +48,7 @@ class PolicyConfig:
         require(len(set(self.sizes)) == len(self.sizes), "sizes", "distinct", self.sizes)
         rising = sorted({*self.stages}) == list(self.stages) and min(self.stages, default=0) >= 0
         require(rising, "stages", "rising from 0 or more", self.stages)
+        require(self.kind in ("dcts", "entropy"), "kind", "dcts or entropy", self.kind)
         require(self.width >= 1, "width", "1 or more", self.width)
         require(0 < self.scale < math.inf, "scale", "above 0", self.scale)
 

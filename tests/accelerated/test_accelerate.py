@@ -277,3 +277,130 @@ def test_a_plain_half_goes_on_as_one_token() -> None:
         found = cheap(pictures(1, 3, 64, 64)).last_hidden_state[0, 1:].unflatten(0, (8, 8))
     assert cheap.run.rows[0] == (1 + 32 + 2,)  # two superpatches of 4x4 on the left
     assert torch.equal(found[:4, :4], found[:1, :1].expand(4, 4, -1))
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def dinov2(**changes: Any) -> Any:
+    return transformers.Dinov2Model(config_of("Dinov2", **changes)).eval()
+
+
+def spoil_conv(model: Any) -> None:
+    model.embeddings.patch_embeddings.projection.__class__ = Twice
+
+
+def spoil_layer(model: Any) -> None:
+    model.encoder.layer[1].register_forward_hook(lambda part, given, out: 0 * out)
+
+
+def spoil_attention(model: Any) -> None:
+    attention = model.encoder.layer[0].attention
+    attention.forward = lambda rows, **named: (rows, None)
+
+
+def spoil_depth(model: Any) -> None:
+    del model.encoder.layer[2]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_conv, "Twice"),
+        (spoil_layer, "layer.1: has a hook"),
+        (spoil_attention, "layer.0.attention: has a hook or a forward"),
+        (spoil_depth, "other layers"),
+    ],
+)
+def test_a_part_that_would_not_be_called_is_refused(
+    spoil: Callable[[Any], None], said: str
+) -> None:
+    """Now, or when it is spoilt later on."""
+    model = dinov2()
+    cheap = tokenstep.accelerate(model)
+    spoil(model)
+    with pytest.raises(TokenstepError, match=said):
+        tokenstep.accelerate(model)
+    with pytest.raises(TokenstepError, match=said):
+        cheap(pictures(1, 3, 32, 32))
+
+
+def test_a_head_that_would_come_back_as_it_was_is_refused() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "inner":
+                return nn.Module.__getattr__(self, name)
+            return getattr(self.inner, name)
+
+    head = uper_net()
+    with pytest.raises(TokenstepError, match="wraps a model"):
+        tokenstep.accelerate(Wrapper(head))
+    head.again = head.backbone
+    with pytest.raises(TokenstepError, match="again"):
+        tokenstep.accelerate(head)
+    del head.again
+    head.forward = head.forward
+    with pytest.raises(TokenstepError, match="forward of its own"):
+        tokenstep.accelerate(head)
+
+
+def test_what_is_saved_of_it_the_original_loads(model: nn.Module) -> None:
+    cheap = tokenstep.accelerate(copy.deepcopy(model), PROCESSOR, **WAYS["all"])
+    state = {name: value + 1 for name, value in cheap.state_dict().items()}
+    assert list(state) == list(model.state_dict())
+    cheap.load_state_dict(state)
+    assert all(torch.equal(state[name], value) for name, value in cheap.state_dict().items())
+
+
+def test_modes_and_hooks_of_the_users_model_stay(model: nn.Module) -> None:
+    own = copy.deepcopy(model).train()
+    next(iter(own.children())).eval()
+    before = [part.training for part in own.modules()]
+    cheap = tokenstep.accelerate(own, PROCESSOR, **WAYS["entropy"])
+    assert [part.training for part in own.modules()] == before
+    heard: list[str] = []
+    cheap.register_forward_hook(lambda *_: heard.append("heard"))
+    with torch.no_grad():
+        own.eval()(pictures(1, 3, 32, 32))
+    assert not heard
+
+
+def test_more_that_would_differ_in_silence_is_refused_by_name() -> None:
+    images = pictures(1, 3, 32, 32)
+    with pytest.raises(TokenstepError, match="not square"):
+        tokenstep.accelerate(transformers.ViTModel(config_of("ViT", image_size=(16, 64))))
+    with pytest.raises(TokenstepError, match="3 channels"):
+        tokenstep.accelerate(dinov2(num_channels=1))
+    wants = dinov2(output_attentions=True, attn_implementation="eager")
+    with pytest.raises(TokenstepError, match="output_attentions"):
+        tokenstep.accelerate(wants)(images)
+    moved = transformers.DINOv3ViTModel(config_of("DINOv3ViT")).train()
+    with pytest.raises(TokenstepError, match="pos_embed_rescale"):
+        tokenstep.accelerate(moved)(images)
+    for wrong in (images[:, :1], images[:0], images[..., :7]):
+        with pytest.raises(TokenstepError, match="at least one picture"):
+            tokenstep.accelerate(dinov2())(wrong)
+
+
+def test_what_is_given_is_checked_at_once() -> None:
+    model = dinov2()
+    for wrong in ({"reducers": [3]}, {"policy": "entropy"}, {"reducers": ["tomme:r=1"]}):
+        with pytest.raises(TokenstepError):
+            tokenstep.accelerate(model, PROCESSOR, **wrong)
+    for mean in (0.5, [0.5], None):
+        processor = SimpleNamespace(image_mean=mean, image_std=[0.5] * 3)
+        with pytest.raises(TokenstepError, match="image_mean"):
+            tokenstep.accelerate(model, processor, policy=Entropy())
+    with torch.no_grad():
+        named = tokenstep.accelerate(model, reducers=["tome:share=0.2"])
+        own = tokenstep.accelerate(model, reducers=[ToMe(share=0.2)])
+        images = pictures(1, 3, 64, 64)
+        assert torch.equal(named(images, None)[0], own(images)[0])
+    plain = SimpleNamespace(do_normalize=False, image_mean=[0.5] * 3, image_std=[0.2] * 3)
+    assert tokenstep.accelerate(model, plain, policy=Entropy()).policy.shift == 0

@@ -106,6 +106,8 @@ def test_timms_own_mean_and_std_are_taken_if_none_are_given() -> None:
         (nn.Linear(63, 3), CLASSES, "3 logits of 63 features"),
         (nn.Conv2d(64, 3, 3), CLASSES, "Conv2d"),
         (nn.Sequential(nn.Linear(64, 3)), CLASSES, "Sequential"),
+        (nn.Conv2d(64, 3, 1, stride=2), CLASSES, "Conv2d"),
+        (nn.Linear(64, 3).half(), CLASSES, "float16"),
         (nn.Linear(64, 3), ("a", "a", "b"), "twice"),
     ],
 )
@@ -114,13 +116,32 @@ def test_what_does_not_fit_is_refused(head: nn.Module, classes: tuple[str, ...],
         tokenstep.dense(vit_of(), head, classes)
 
 
+def test_a_head_of_its_own_forward_is_refused() -> None:
+    class Own(nn.Linear):
+        pass
+
+    with pytest.raises(TokenstepError, match="Own"):
+        tokenstep.dense(vit_of(), Own(64, 3), CLASSES)
+
+
 def test_another_kind_of_model_is_refused_by_name() -> None:
     with pytest.raises(TokenstepError, match="ResNet"):
         tokenstep.dense(timm.create_model("test_resnet"), nn.Linear(64, 3), CLASSES)
 
 
-def test_a_vit_that_timm_would_not_build_so_is_not_saved(tmp_path: Path) -> None:
-    vit = vit_of(embed_dim=32, num_heads=2)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("test_vit", {"embed_dim": 32, "num_heads": 2}),
+        ("test_vit", {"num_heads": 1}),  # which no weight's shape gives away
+        ("test_vit", {"act_layer": "relu"}),
+        ("vit_tiny_patch16_dinov3_qkvb", {"rope_temperature": 7.0}),
+    ],
+)
+def test_a_vit_that_timm_would_not_build_so_is_not_saved(
+    name: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    vit = vit_of(name, **changes)
     model = tokenstep.dense(vit, head_of(vit, "linear"), CLASSES, mean=MEAN, std=STD)
     assert model.segment(torch.rand(3, 32, 48)).labels.shape == (32, 48)
     with pytest.raises(TokenstepError, match="would not load"):

@@ -22,7 +22,7 @@ def accelerate(
     processor: Any = None,
     *,
     policy: NamedPolicy | None = None,
-    reducers: Sequence[Reducer] = (),
+    reducers: Sequence[Reducer | str] = (),
 ) -> M:
     """Make a model of transformers cheaper, without any training; it stays as it is itself.
 
@@ -44,12 +44,24 @@ def accelerate(
             "accelerate: needs transformers: pip install 'tokenstep[hf]'"
         ) from error
 
-    inner = getattr(model, "backbone", None)
-    if not isinstance(inner, nn.Module):
+    if "backbone" not in model._modules:
+        # One that only passes on what another has would come back as it was.
+        if isinstance(getattr(model, "backbone", None), nn.Module):
+            raise TokenstepError(
+                f"accelerate: {type(model).__name__} wraps a model with a backbone: give that model"
+            )
         return cast(M, accelerated_of(model, processor, policy, reducers))
+    inner = cast(nn.Module, model._modules["backbone"])
+    names = [name for name, part in model.named_modules(remove_duplicate=False) if part is inner]
+    if "forward" in vars(model) or len(names) != 1:
+        raise TokenstepError(
+            f"accelerate: {type(model).__name__} has a forward of its own set on it, or holds its "
+            f"backbone by several names: {', '.join(names)}"
+        )
     changed = copy.copy(model)
-    # Dictionaries of its own, so that the user's model keeps its backbone.
-    for held in ("_modules", "_parameters", "_buffers"):
-        setattr(changed, held, dict(getattr(model, held)))
+    # Dictionaries of its own, so that the user's model keeps its backbone and its hooks.
+    for held, value in vars(model).items():
+        if held.startswith("_") and isinstance(value, dict):
+            changed.__dict__[held] = copy.copy(value)
     changed.backbone = accelerated_of(inner, processor, policy, reducers)
     return changed

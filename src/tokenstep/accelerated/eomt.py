@@ -91,7 +91,7 @@ class AcceleratedEomt(Accelerated):
             TokenstepError: an argument is not supported, or the pictures are not of the model's
                 size, since it does not interpolate its positions.
         """
-        refuse(others)
+        refuse(self.original, others)
         model, side = self.original, int(self.original.config.image_size)
         if tuple(pixel_values.shape[2:]) != (side, side):
             raise TokenstepError(

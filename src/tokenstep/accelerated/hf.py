@@ -12,6 +12,7 @@ from transformers.models.vit.modeling_vit import ViTModel
 from tokenstep.accelerated.run import PackedRun
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.hf_vit import DINO_V3, HFViT, layers_of
+from tokenstep.hosts.timm_embed import LinearEmbed
 from tokenstep.model.encoder import Joining
 from tokenstep.policies.base import Policy
 
@@ -30,7 +31,22 @@ class Accelerated(nn.Module):
         self.policy = policy
         self.run = run
         self.sizes = tuple(sizes)
-        self.train(model.training)
+        self.training = model.training
+        if policy is not None:
+            policy.eval()
+        self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            self._own_names
+        )
+
+    def state_dict(self, *given: Any, **named: Any) -> Any:
+        """The original's: what is saved of this, the original loads."""
+        return self.original.state_dict(*given, **named)
+
+    @staticmethod
+    def _own_names(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Let the original's names be those of the part that it is here."""
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[f"{prefix}original.{name.removeprefix(prefix)}"] = state.pop(name)
 
     def __getattr__(self, name: str) -> Any:
         """A part of its own, or what the original has."""
@@ -50,8 +66,9 @@ class Accelerated(nn.Module):
         self, pixels: Tensor, wanted: Sequence[int], joining: Joining | None = None
     ) -> dict[int, Tensor]:
         """Features behind blocks, ``(B, prefix + H * W, D)``; see :class:`PackedRun`."""
-        dtype = next(cast(nn.Module, self.original.embeddings).parameters()).dtype
-        return self.run(HFViT(self.original), pixels.to(dtype), wanted, self.sizes, joining)
+        host = host_of(self.original)
+        weight = cast(LinearEmbed, host.before()["embed"]).proj.weight
+        return self.run(host, pixels.to(weight.dtype), wanted, self.sizes, joining)
 
 
 class AcceleratedViT(Accelerated):
@@ -60,6 +77,7 @@ class AcceleratedViT(Accelerated):
     def forward(
         self,
         pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
         *,
         interpolate_pos_encoding: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -72,8 +90,8 @@ class AcceleratedViT(Accelerated):
             TokenstepError: an argument is not supported, or the pictures have another size than a
                 ViT that is not asked to interpolate its positions.
         """
-        refuse(others)
         model = self.original
+        refuse(model, {"bool_masked_pos": bool_masked_pos, **others})
         if isinstance(model, ViTModel) and not interpolate_pos_encoding:
             size, own = tuple(pixel_values.shape[2:]), tuple(model.embeddings.image_size)
             if size != own:
@@ -104,6 +122,7 @@ class AcceleratedBackbone(Accelerated):
     def forward(
         self,
         pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -114,8 +133,8 @@ class AcceleratedBackbone(Accelerated):
         Raises:
             TokenstepError: an argument is not supported.
         """
-        refuse(others)
         model = self.original
+        refuse(model, {"attention_mask": attention_mask, **others})
         every = wants_states(model, output_hidden_states)
         names = list(model.stage_names)
         stages = [index for index, name in enumerate(names) if name in model.out_features]
@@ -132,14 +151,14 @@ class AcceleratedBackbone(Accelerated):
         given: dict[str, Any] = {"feature_maps": tuple(maps)}
         if every:
             given["hidden_states"] = tuple(found[block] for block in range(len(names)))
-        if getattr(model.config, "return_class_token", False):
+        if is_v3 and getattr(model.config, "return_class_token", False):
             given["cls_tokens"] = tuple(first)
         output = (DINOv3ViTBackboneOutput if is_v3 else BackboneOutput)(**given)
         return returned(model, output, return_dict)
 
     def _mapped(self, state: Tensor, pixels: Tensor) -> Tensor:
         """``(B, prefix + H * W, D)`` as the feature map that the original's head is given."""
-        model, host = self.original, HFViT(self.original)
+        model, host = self.original, host_of(self.original)
         prefix, patch = host.prefix, host.patch
         if not model.config.reshape_hidden_states:
             return state[:, prefix:] if isinstance(model, DINO_V3) else state
@@ -151,12 +170,26 @@ def _first_row(state: Tensor) -> Tensor:
     return state[:, 0]
 
 
-def refuse(others: dict[str, Any]) -> None:
-    """Refuse what is asked for beyond what is known here.
+def host_of(model: nn.Module) -> HFViT:
+    """The host that stands for a model.
+
+    Raises:
+        TokenstepError: the model or one of its parts is not supported, or not any more.
+    """
+    try:
+        return HFViT(model)
+    except ValueError as error:
+        raise TokenstepError(f"accelerate: {error}") from error
+
+
+def refuse(model: Any, others: dict[str, Any]) -> None:
+    """Refuse what is asked for, by a call or by the model's config, beyond what is known here.
 
     Raises:
         TokenstepError: names the first such argument.
     """
+    if getattr(model.config, "output_attentions", False):
+        others = {"output_attentions": True, **others}
     for name, value in others.items():
         if value is not None and value is not False:
             raise TokenstepError(f"accelerate: {name} is not supported on fewer tokens")

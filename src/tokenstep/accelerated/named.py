@@ -6,30 +6,44 @@ from typing import Any, cast
 from torch import nn
 
 from tokenstep.accelerated.eomt import AcceleratedEomt
-from tokenstep.accelerated.hf import Accelerated, AcceleratedBackbone, AcceleratedViT
+from tokenstep.accelerated.hf import (
+    Accelerated,
+    AcceleratedBackbone,
+    AcceleratedViT,
+    host_of,
+)
 from tokenstep.accelerated.run import NamedPolicy, PackedRun
 from tokenstep.config import Channels, Thresholds
 from tokenstep.errors import TokenstepError
-from tokenstep.hosts.hf_vit import EOMT, HFViT
+from tokenstep.hosts.hf_vit import EOMT
 from tokenstep.reducers.base import Reducer
+from tokenstep.reducers.named import reducer_of
 
 
 def accelerated_of(
     model: nn.Module,
     processor: Any,
     policy: NamedPolicy | None,
-    reducers: Sequence[Reducer],
+    reducers: Sequence[Reducer | str],
 ) -> Accelerated:
     """The accelerated form of a ViT or of a backbone; see :func:`tokenstep.accelerate`."""
+    host = host_of(model)
+    asked = [reducer_of(one) if isinstance(one, str) else one for one in reducers]
+    for one in asked:
+        if not hasattr(one, "site"):
+            raise TokenstepError(f"accelerate: {one!r} is no reducer: give one, or its name")
+    if policy is not None and not (hasattr(policy, "build") and hasattr(policy, "merge")):
+        raise TokenstepError(
+            f"accelerate: {policy!r} is no policy by its settings: give policies.entropy.Entropy()"
+        )
     try:
-        host = HFViT(model)
         built = None if policy is None else policy.build(host.patch, *_normal_of(processor))
     except ValueError as error:
         raise TokenstepError(f"accelerate: {error}") from error
     if built is not None:
         built = built.to(next(model.parameters()).device)
     thresholds = Thresholds() if policy is None else Thresholds(merge=policy.merge)
-    run = PackedRun(built, thresholds, reducers)
+    run = PackedRun(built, thresholds, cast(Sequence[Reducer], asked))
     kind: type[Accelerated] = AcceleratedViT
     if isinstance(model, EOMT):
         kind = AcceleratedEomt
@@ -39,11 +53,16 @@ def accelerated_of(
 
 
 def _normal_of(processor: Any) -> tuple[Channels, Channels]:
-    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
-    if mean is None or std is None:
-        raise TokenstepError(
-            "accelerate: a policy has to know how pictures were normalised: give the model's "
-            "processor, with its image_mean and image_std"
-        )
-    red, green, blue = (float(one) for one in mean)
-    return (red, green, blue), cast(Channels, tuple(float(one) for one in std))
+    """The mean and std by which a processor normalises."""
+    if getattr(processor, "do_normalize", True) is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    found = []
+    for name in ("image_mean", "image_std"):
+        value = getattr(processor, name, None)
+        if not (isinstance(value, Sequence) and len(value) == 3):
+            raise TokenstepError(
+                "accelerate: a policy has to know how pictures were normalised: give the model's "
+                f"processor, with three numbers as its {name}"
+            )
+        found.append(cast(Channels, tuple(float(one) for one in value)))
+    return found[0], found[1]

@@ -16,6 +16,7 @@ from tokenstep.core.ragged import rows_of
 from tokenstep.core.same_size import stacked
 from tokenstep.core.tokens import PackedTokens
 from tokenstep.core.unmerge import features_of_cells
+from tokenstep.errors import TokenstepError
 from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.model.dataflow import DATAFLOWS, flow_for
 from tokenstep.model.encoder import Encoder, Joining
@@ -96,9 +97,15 @@ class PackedRun:
         ``(B, prefix + H * W, D)``. ``joining`` is what the model does before some of its blocks.
 
         Raises:
-            TokenstepError: the policy's scores are not finite.
+            TokenstepError: there is no picture, or too small ones; or the policy's scores are not
+                finite.
         """
         height, width = (side // host.patch * host.patch for side in pixels.shape[2:])
+        if len(pixels) == 0 or pixels.shape[1] != 3 or min(height, width) == 0:
+            raise TokenstepError(
+                f"pictures {tuple(pixels.shape)}: give (B, 3, h, w) of at least one picture and "
+                f"{host.patch} px a side"
+            )
         groups = stacked(pixels[:, :, :height, :width])
         level = uniform([grid_of((height, width), host.patch)] * len(pixels), pixels.device)
         flow, plan = flow_for("auto", pixels.device), plan_of(self.thresholds, sizes)

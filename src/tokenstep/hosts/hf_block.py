@@ -43,14 +43,30 @@ def require_layer(layer: nn.Module, path: str) -> None:
     allowed = PARTS.get(type(layer))
     if allowed is None:
         raise ValueError(f"{path}: {type(layer).__name__} is not supported")
+    require_walked(layer, path, (type(layer),))
     attention = cast(Any, layer).attention
-    if type(attention) not in allowed:
-        raise ValueError(f"{path}.attention: {type(attention).__name__} is not supported")
+    require_walked(attention, f"{path}.attention", allowed)
     if _either(attention, "attention_dropout", "dropout") > 0:
         raise ValueError(f"{path}.attention: attention dropout is not supported")
     drop = getattr(layer, "drop_path", None)
-    if not isinstance(drop, (nn.Identity, *DROPS, type(None))):
-        raise ValueError(f"{path}.drop_path: {type(drop).__name__} is not supported")
+    require_walked(drop, f"{path}.drop_path", (nn.Identity, *DROPS, type(None)))
+
+
+def require_walked(part: Any, path: str, allowed: tuple[type, ...]) -> None:
+    """Refuse a part that is walked by hand where calling it would do something else.
+
+    Raises:
+        ValueError: it is of another type, a forward of its own was set on it, or somebody listens
+            to it by a hook; what transformers itself listens by does not count.
+    """
+    if type(part) not in allowed:
+        raise ValueError(f"{path}: {type(part).__name__} is not supported")
+    if part is None:
+        return
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    own = [hook for hook in hooks if not str(hook.__module__).startswith("transformers.")]
+    if own or "forward" in vars(part):
+        raise ValueError(f"{path}: has a hook or a forward of its own, which would not be called")
 
 
 def _either(attention: Any, name: str, other: str) -> Any:

@@ -15,8 +15,9 @@ from transformers.models.vit import modeling_vit as vit
 
 from tokenstep.core.partition import Grid
 from tokenstep.core.tokens import PackedTokens
+from tokenstep.errors import TokenstepError
 from tokenstep.hosts.base import Learned
-from tokenstep.hosts.hf_block import HFBlock, require_layer
+from tokenstep.hosts.hf_block import HFBlock, require_layer, require_walked
 from tokenstep.hosts.positions import resampled
 from tokenstep.hosts.rotary import FULL_TURN, centred, turns
 from tokenstep.hosts.timm_embed import LinearEmbed
@@ -27,6 +28,22 @@ DINO_V3 = (dinov3.DINOv3ViTModel, dinov3.DINOv3ViTBackbone)
 EOMT = (eomt.EomtForUniversalSegmentation, eomt_dinov3.EomtDinov3ForUniversalSegmentation)
 VITS = (vit.ViTModel, dinov2.Dinov2Model, dinov2.Dinov2Backbone, *WITH_REGISTERS, *DINO_V3)
 MODELS = (*VITS, *EOMT)
+WALKED = (  # stems, and what turns queries and keys
+    vit.ViTEmbeddings,
+    vit.ViTPatchEmbeddings,
+    dinov2.Dinov2Embeddings,
+    dinov2.Dinov2PatchEmbeddings,
+    registers.Dinov2WithRegistersEmbeddings,
+    registers.Dinov2WithRegistersPatchEmbeddings,
+    dinov3.DINOv3ViTEmbeddings,
+    dinov3.DINOv3ViTRopePositionEmbedding,
+    eomt.EomtEmbeddings,
+    eomt.EomtPatchEmbeddings,
+    eomt_dinov3.EomtDinov3Embeddings,
+    eomt_dinov3.EomtDinov3RotaryEmbedding,
+    nn.Conv2d,
+    type(None),
+)
 
 
 class HFViT:
@@ -45,11 +62,23 @@ class HFViT:
         config, stem = cast(Any, model).config, cast(Any, model).embeddings
         embeddings = stem.patch_embeddings
         proj = embeddings if isinstance(embeddings, nn.Conv2d) else embeddings.projection
+        rope = getattr(model, "rope_embeddings", None)
+        encoder = getattr(model, "encoder", None)
+        for path, part in (("embeddings", stem), ("patch_embeddings", embeddings)):
+            require_walked(part, path, WALKED)
+        require_walked(proj, "patch_embeddings.projection", (nn.Conv2d,))
+        require_walked(rope, "rope_embeddings", WALKED)
+        for path, part in (("the model", model), ("encoder", encoder)):
+            require_walked(part, path, (type(part),))
         self.patch = int(proj.kernel_size[0])
         if proj.kernel_size != (self.patch, self.patch) or proj.stride != proj.kernel_size:
             raise ValueError(
                 f"patches of {proj.kernel_size} px are not supported, only square ones"
             )
+        if proj.in_channels != 3 or any(proj.padding):
+            raise ValueError("patch_embeddings: only 3 channels without padding are supported")
+        if len(layers_of(model)) != config.num_hidden_layers:
+            raise ValueError("the model has other layers than its config says")
         self.dim = int(config.hidden_size)
         extra = getattr(stem, "register_tokens", None)
         self.prefix = 1 + (0 if extra is None else int(extra.shape[1]))
@@ -58,7 +87,9 @@ class HFViT:
         patches = 0 if table is None else _patch_table(table).shape[1]
         side = math.isqrt(patches)
         self.table_grid: Grid = (side, side)
-        if side * side != patches:
+        size = config.image_size
+        square = isinstance(size, int) or len(set(size)) == 1
+        if side * side != patches or not (table is None or square):
             raise ValueError("positions of pictures that are not square are not supported")
         layers = layers_of(model)
         for index, layer in enumerate(layers):
@@ -72,7 +103,7 @@ class HFViT:
                 "position_embeddings": table,
                 "dropout": getattr(stem, "dropout", getattr(model, "dropout", None)),
             },
-            {"layer": layers, "norm": norm, "rope": getattr(model, "rope_embeddings", None)},
+            {"layer": layers, "norm": norm, "rope": rope},
         )
 
     def before(self) -> Mapping[str, Learned]:
@@ -109,6 +140,12 @@ class HFViT:
         """DINOv3's sine and cosine by the mean place of each row's patches; else nothing."""
         if trunk.rope is None:
             return None
+        moved = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+        if trunk.rope.training and any(getattr(trunk.rope.config, one) for one in moved):
+            raise TokenstepError(
+                "accelerate: places that are moved in training are not supported: call eval(), or "
+                "set pos_embed_rescale and its like to None"
+            )
         bands = FULL_TURN * trunk.rope.inv_freq
         return turns(centred(tokens), bands, tokens.is_prefix, halves=True)
 

@@ -136,6 +136,12 @@ def require_embedding(vit: nn.Module) -> None:
     """
     if type(vit.patch_embed) is not PatchEmbed:
         raise ValueError(f"patch embedding {type(vit.patch_embed).__name__} is not supported")
+    proj = vit.patch_embed.proj
+    if type(proj) is not nn.Conv2d or proj.in_channels != 3:
+        raise ValueError(
+            f"patch_embed.proj: {type(proj).__name__} of {proj.in_channels} channels is not "
+            "supported, only nn.Conv2d of 3"
+        )
     if not isinstance(vit.patch_drop, nn.Identity | None):
         raise ValueError("patch dropout (patch_drop_rate > 0) is not supported")
 

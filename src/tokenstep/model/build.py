@@ -1,10 +1,13 @@
 """The parts of a STEP segmenter, built from its settings: sizes live here, and nowhere else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tokenstep.config import DENSE
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.hosts.timm_named import build_host
@@ -72,21 +75,40 @@ def step_parts(
 def require_described(config: ModelConfig, model: nn.Module) -> None:
     """Refuse to save a model that its settings alone would not build again.
 
+    What they build is given the weights and a picture: some settings of a part that was handed in
+    leave no trace in the shape of a weight.
+
     Raises:
         TokenstepError: parts were handed in that ``config`` does not describe.
     """
+    state, modes = model.state_dict(), {part: part.training for part in model.modules()}
     try:
         with torch.random.fork_rng(devices=[]):  # what is drawn after a save stays as it was
-            parts = step_parts(config)
-        described = {
-            f"{name}.{key}": value.shape
-            for name in Parts.__slots__
-            for key, value in getattr(parts, name).state_dict().items()
-        }
-    except ValueError:  # a host of its own name
-        described = {}
-    if described != {key: value.shape for key, value in model.state_dict().items()}:
+            twin = type(model)(config, step_parts(config)).to(_place(state))
+        twin.load_state_dict(state)
+        with torch.no_grad():
+            built, own = _probe(twin.eval()), _probe(model.eval())
+        same = torch.allclose(built, own, atol=1e-3, rtol=1e-3, equal_nan=True)
+    except (ValueError, RuntimeError):  # a host of its own name, or other weights
+        same = False
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if not same:
         raise TokenstepError(
             "the model has parts of its own, which config.json does not describe: a folder of it "
             "would not load; keep its state_dict, and build it in Python"
         )
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """Logits of a picture of six by eight patches, nothing merged or halted."""
+    side = cast(int, model.patch)
+    drawn = torch.rand(3, 6 * side, 8 * side, generator=torch.Generator().manual_seed(0))
+    tokens: Tensor = model([drawn.to(_place(model.state_dict()).device)], thresholds=DENSE).logits
+    return tokens.float()
+
+
+def _place(state: Mapping[str, Tensor]) -> Tensor:
+    """Some weight, whose device and dtype are those of all."""
+    return next(value for value in state.values() if value.is_floating_point())

@@ -33,7 +33,8 @@ def dense(
     scaled up to the picture. Pictures are normalised by ``mean`` and ``std``, by default the ones
     that timm has for the ViT. ``policy`` (ours: APT's entropy, by default with its sizes) is there
     to be used; until it is, by thresholds or ``policy.merge``, the model is the dense one. Parts
-    are shared with ``vit``. A ViT that timm builds by its name can be saved and loaded.
+    are shared with ``vit``, and in eval mode from then on. A ViT that timm builds just so by its
+    name can be saved and loaded.
 
     Raises:
         TokenstepError: the ViT or the head is not supported, or they do not fit each other or the
@@ -44,21 +45,27 @@ def dense(
         host = host_type(vit)(vit)
     except ValueError as error:
         raise TokenstepError(f"dense: {error}") from error
-    known, grid = cast(Any, vit).pretrained_cfg, host.table_grid
+    known, grid = getattr(vit, "pretrained_cfg", None) or {}, host.table_grid
+    mean, std = mean or known.get("mean"), std or known.get("std")
+    if mean is None or std is None:
+        raise TokenstepError("dense: timm has no mean and std for this ViT: give mean and std")
     config = ModelConfig(
         tuple(classes),
         tuple(palette) if palette is not None else colours(len(classes)),
         VitConfig(
-            known["architecture"],
+            known.get("architecture") or type(vit).__name__,
             patch=host.patch,
             depth=len(cast(Any, vit).blocks),
             image_size=(grid[0] * host.patch, grid[1] * host.patch),
         ),
         PolicyConfig(kind="entropy", sizes=policy.sizes),
-        mean=mean or tuple(known["mean"]),
-        std=std or tuple(known["std"]),
+        mean=cast(Channels, tuple(mean)),
+        std=cast(Channels, tuple(std)),
     )
-    parts = step_parts(config, host=host)
+    try:
+        parts = step_parts(config, host=host)
+    except ValueError as error:
+        raise TokenstepError(f"dense: {error}") from error
     weight, bias = _linear(head)
     linear = cast(LinearDecoder, parts.decoder).linear
     if weight.shape != linear.weight.shape:
@@ -66,18 +73,27 @@ def dense(
             f"dense: the head makes {weight.shape[0]} logits of {weight.shape[1]} features, but "
             f"there are {len(classes)} classes and the ViT has {host.dim} features"
         )
+    own = next(vit.parameters())
+    if weight.dtype != own.dtype or weight.device != own.device:
+        raise TokenstepError(
+            f"dense: the head is {weight.dtype} on {weight.device}, the ViT {own.dtype} on "
+            f"{own.device}: bring both together first"
+        )
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
-    return Segmenter(config, parts).to(weight.device, weight.dtype).eval()
+    vit.eval()
+    return Segmenter(config, parts).to(own.device, own.dtype).eval()
 
 
 def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight ``(C, D)`` and bias ``(C,)`` of a head."""
-    if isinstance(head, nn.Linear):
+    if type(head) is nn.Linear:
         return head.weight, head.bias
-    if isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1:
-        return head.weight.flatten(1), head.bias
+    if type(head) is nn.Conv2d:
+        plain = (head.kernel_size, head.stride, head.padding, head.groups)
+        if plain == ((1, 1), (1, 1), (0, 0), 1):
+            return head.weight.flatten(1), head.bias
     raise TokenstepError(
         f"dense: a head of type {type(head).__name__} is not supported: give nn.Linear, or an "
         "nn.Conv2d of 1x1"

@@ -47,7 +47,8 @@ class Entropy:
     sizes: tuple[int, ...] = (2, 4)
 
     def __post_init__(self) -> None:
-        if len(self.bits) != len(self.sizes) or not self.sizes or min(self.bits) < 0:
+        sound = len(self.bits) == len(self.sizes) > 0 and all(bits >= 0 for bits in self.bits)
+        if not sound:
             raise TokenstepError(f"entropy: give bits, 0 or more, for each of sizes, got {self}")
 
     @property
