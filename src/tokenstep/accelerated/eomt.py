@@ -15,7 +15,7 @@ from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import (
     EomtDinov3ForUniversalSegmentationOutput,
 )
 
-from tokenstep.accelerated.hf import Accelerated, refuse, returned, wants_states
+from tokenstep.accelerated.hf import Accelerated, host_of, refuse, returned, wants_states
 from tokenstep.accelerated.run import spread
 from tokenstep.core.attention import Hidden
 from tokenstep.core.tokens import PackedTokens
@@ -61,11 +61,9 @@ class Queries:
 
     def _hidden(self, tokens: PackedTokens, masks: Tensor) -> Hidden:
         """Each query sees prefix rows, and tokens whose mean logit is above 0."""
-        owner = torch.where(tokens.owner < 0, tokens.owner.numel(), tokens.owner).flatten()
-        # (B, Q, H, W) -> (B * H * W, Q), and one place more: that of -1
-        logits = masks.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-        total = logits.new_zeros(len(logits) + 1, self.count).index_add_(0, owner, logits)
-        sees = (total[tokens.anchor] > 0) | tokens.is_prefix.unsqueeze(1)
+        # (B, Q, H, W) -> (T, Q)
+        mean = tokens.mean_of_cells(masks.detach().float().permute(0, 2, 3, 1))
+        sees = (mean > 0) | tokens.is_prefix.unsqueeze(1)
         if self.free is not None:
             sees = sees | self.free[tokens.picture()]
         return Hidden(tokens.prefix - self.count, self.count, sees)
@@ -100,7 +98,8 @@ class AcceleratedEomt(Accelerated):
             )
         every, queries = wants_states(model, output_hidden_states), Queries(model)
         depth = len(layers_of(model))
-        found = self.states(pixel_values, range(depth + 1) if every else (), queries)
+        host = host_of(model)
+        found = self.states(host, pixel_values, range(depth + 1) if every else (), queries)
         last = queries.first(found[-1])
         masks, classes = model.predict(last)
         given: dict[str, Any] = {

@@ -23,17 +23,14 @@ class Accelerated(nn.Module):
     original: Any
     policy: Policy | None
 
-    def __init__(
-        self, model: nn.Module, policy: Policy | None, run: PackedRun, sizes: Sequence[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, run: PackedRun) -> None:
         super().__init__()
         self.original = model
-        self.policy = policy
+        self.policy = run.policy
         self.run = run
-        self.sizes = tuple(sizes)
         self.training = model.training
-        if policy is not None:
-            policy.eval()
+        if run.policy is not None:
+            run.policy.eval()
         self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             self._own_names
         )
@@ -63,12 +60,11 @@ class Accelerated(nn.Module):
         return self
 
     def states(
-        self, pixels: Tensor, wanted: Sequence[int], joining: Joining | None = None
+        self, host: HFViT, pixels: Tensor, wanted: Sequence[int], joining: Joining | None = None
     ) -> dict[int, Tensor]:
         """Features behind blocks, ``(B, prefix + H * W, D)``; see :class:`PackedRun`."""
-        host = host_of(self.original)
         weight = cast(LinearEmbed, host.before()["embed"]).proj.weight
-        return self.run(host, pixels.to(weight.dtype), wanted, self.sizes, joining)
+        return self.run(host, pixels.to(weight.dtype), wanted, joining)
 
 
 class AcceleratedViT(Accelerated):
@@ -101,7 +97,7 @@ class AcceleratedViT(Accelerated):
                 )
         every = wants_states(model, output_hidden_states)
         depth = len(layers_of(model))
-        found = self.states(pixel_values, range(depth + 1) if every else ())
+        found = self.states(host_of(model), pixel_values, range(depth + 1) if every else ())
         last = found[-1]
         pool = model.pooler if isinstance(model, ViTModel) else _first_row
         pooled = None if pool is None else pool(last)
@@ -138,7 +134,8 @@ class AcceleratedBackbone(Accelerated):
         every = wants_states(model, output_hidden_states)
         names = list(model.stage_names)
         stages = [index for index, name in enumerate(names) if name in model.out_features]
-        found = self.states(pixel_values, range(len(names)) if every else stages)
+        host = host_of(model)
+        found = self.states(host, pixel_values, range(len(names)) if every else stages)
         is_v3, last = isinstance(model, DINO_V3), len(names) - 1
         norm = model.norm if is_v3 else model.layernorm
         maps, first = [], []
@@ -147,7 +144,7 @@ class AcceleratedBackbone(Accelerated):
             if model.config.apply_layernorm or (is_v3 and stage == last):
                 state = norm(state)
             first.append(state[:, 0])
-            maps.append(self._mapped(state, pixel_values))
+            maps.append(self._mapped(host, state, pixel_values))
         given: dict[str, Any] = {"feature_maps": tuple(maps)}
         if every:
             given["hidden_states"] = tuple(found[block] for block in range(len(names)))
@@ -156,12 +153,11 @@ class AcceleratedBackbone(Accelerated):
         output = (DINOv3ViTBackboneOutput if is_v3 else BackboneOutput)(**given)
         return returned(model, output, return_dict)
 
-    def _mapped(self, state: Tensor, pixels: Tensor) -> Tensor:
+    def _mapped(self, host: HFViT, state: Tensor, pixels: Tensor) -> Tensor:
         """``(B, prefix + H * W, D)`` as the feature map that the original's head is given."""
-        model, host = self.original, host_of(self.original)
         prefix, patch = host.prefix, host.patch
-        if not model.config.reshape_hidden_states:
-            return state[:, prefix:] if isinstance(model, DINO_V3) else state
+        if not self.original.config.reshape_hidden_states:
+            return state[:, prefix:] if isinstance(self.original, DINO_V3) else state
         grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
         return torch.unflatten(state[:, prefix:], 1, grid).permute(0, 3, 1, 2).contiguous()
 

@@ -43,13 +43,14 @@ def accelerated_of(
     if built is not None:
         built = built.to(next(model.parameters()).device)
     thresholds = Thresholds() if policy is None else Thresholds(merge=policy.merge)
-    run = PackedRun(built, thresholds, cast(Sequence[Reducer], asked))
+    sizes = () if policy is None else policy.sizes
+    run = PackedRun(built, thresholds, sizes, cast(Sequence[Reducer], asked))
     kind: type[Accelerated] = AcceleratedViT
     if isinstance(model, EOMT):
         kind = AcceleratedEomt
     elif hasattr(model, "out_features"):
         kind = AcceleratedBackbone
-    return kind(model, built, run, () if policy is None else policy.sizes)
+    return kind(model, run)
 
 
 def _normal_of(processor: Any) -> tuple[Channels, Channels]:

@@ -76,10 +76,15 @@ class PackedRun:
     """How the blocks of a model run on fewer tokens: what is merged before and between them."""
 
     def __init__(
-        self, policy: Policy | None, thresholds: Thresholds, reducers: Sequence[Reducer]
+        self,
+        policy: Policy | None,
+        thresholds: Thresholds,
+        sizes: Sequence[int],
+        reducers: Sequence[Reducer],
     ) -> None:
         self.policy = policy
         self.thresholds = thresholds
+        self.sizes = tuple(sizes)
         self.reducers = tuple(reducers)
         self.rows: tuple[tuple[int, ...], ...] = ()  # that entered each block, in the last run
 
@@ -88,7 +93,6 @@ class PackedRun:
         host: Host,
         pixels: Tensor,
         wanted: Collection[int],
-        sizes: Sequence[int],
         joining: Joining | None = None,
     ) -> dict[int, Tensor]:
         """Features behind the blocks that are ``wanted``, and behind the norm as block -1.
@@ -108,14 +112,14 @@ class PackedRun:
             )
         groups = stacked(pixels[:, :, :height, :width])
         level = uniform([grid_of((height, width), host.patch)] * len(pixels), pixels.device)
-        flow, plan = flow_for("auto", pixels.device), plan_of(self.thresholds, sizes)
+        flow, plan = flow_for("auto", pixels.device), plan_of(self.thresholds, self.sizes)
         if self.policy is not None and plan is not None:
             policy = self.policy.for_use()
             looks = policy_features(policy, groups, whole=DATAFLOWS[flow].whole)
             level, finite = partition_by(policy, groups, looks, plan)
             require_finite(finite is None or bool(finite))
         # Made anew in each run: so whatever was done to the model's parts meanwhile is done.
-        tokens = Tokeniser(host, sides=sizes, sub_patches=False)(groups, level, flow=flow)
+        tokens = Tokeniser(host, sides=self.sizes, sub_patches=False)(groups, level, flow=flow)
         reading = Reading(wanted)
         reading(tokens, 0, None)
         encode = Encoder(host, BlockSettings())

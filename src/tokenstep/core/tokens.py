@@ -104,10 +104,14 @@ class PackedTokens:
         _, height, width = self.owner.shape
         sides = (torch.arange(side, device=self.x.device) + 0.5 for side in (height, width))
         places = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1)
+        return self.mean_of_cells(places.expand(self.pictures, -1, -1, -1))
+
+    def mean_of_cells(self, values: Tensor) -> Tensor:
+        """Mean of ``values (B, H, W, K)`` over each row's cells, ``(T, K)``; 0 of a prefix row."""
         # The last place is that of -1: of prefix rows, and of cells outside.
-        total = places.new_zeros(self.owner.numel() + 1, 2)
+        total = values.new_zeros(self.owner.numel() + 1, values.shape[-1])
         owner = torch.where(self.owner < 0, self.owner.numel(), self.owner).flatten()
-        total.index_add_(0, owner, places.expand(self.pictures, -1, -1, -1).reshape(-1, 2))
+        total = total.index_add(0, owner, values.reshape(-1, values.shape[-1]))
         mean = total[self.anchor] / self.size.unsqueeze(1)
         return torch.where(self.is_prefix.unsqueeze(1), 0.0, mean)
 

@@ -77,7 +77,8 @@ class HFViT:
             )
         if proj.in_channels != 3 or any(proj.padding):
             raise ValueError("patch_embeddings: only 3 channels without padding are supported")
-        if len(layers_of(model)) != config.num_hidden_layers:
+        layers = layers_of(model)
+        if len(layers) != config.num_hidden_layers:
             raise ValueError("the model has other layers than its config says")
         self.dim = int(config.hidden_size)
         extra = getattr(stem, "register_tokens", None)
@@ -91,7 +92,6 @@ class HFViT:
         square = isinstance(size, int) or len(set(size)) == 1
         if side * side != patches or not (table is None or square):
             raise ValueError("positions of pictures that are not square are not supported")
-        layers = layers_of(model)
         for index, layer in enumerate(layers):
             require_layer(layer, f"layer.{index}")
         norm = cast(Any, model).norm if isinstance(model, DINO_V3) else cast(Any, model).layernorm

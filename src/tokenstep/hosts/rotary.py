@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tokenstep.core.tokens import PackedTokens
 
+FULL_TURN = 2 * math.pi
+
 
 def centred(tokens: PackedTokens) -> Tensor:
     """Places of rows from -1 to 1 across their picture, ``(T, 2)`` fp32 (DINOv3)."""
@@ -42,6 +44,3 @@ def turned(x: Tensor, rotary: Tensor | None, *, halves: bool) -> Tensor:
     else:
         crossed = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     return (x * cosine + crossed * sine).to(x.dtype)
-
-
-FULL_TURN = 2 * math.pi

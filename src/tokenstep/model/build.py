@@ -1,6 +1,5 @@
 """The parts of a STEP segmenter, built from its settings: sizes live here, and nowhere else."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -84,7 +83,7 @@ def require_described(config: ModelConfig, model: nn.Module) -> None:
     state, modes = model.state_dict(), {part: part.training for part in model.modules()}
     try:
         with torch.random.fork_rng(devices=[]):  # what is drawn after a save stays as it was
-            twin = type(model)(config, step_parts(config)).to(_place(state))
+            twin = type(model)(config, step_parts(config)).to(next(model.parameters()))
         twin.load_state_dict(state)
         with torch.no_grad():
             built, own = _probe(twin.eval()), _probe(model.eval())
@@ -105,10 +104,5 @@ def _probe(model: nn.Module) -> Tensor:
     """Logits of a picture of six by eight patches, nothing merged or halted."""
     side = cast(int, model.patch)
     drawn = torch.rand(3, 6 * side, 8 * side, generator=torch.Generator().manual_seed(0))
-    tokens: Tensor = model([drawn.to(_place(model.state_dict()).device)], thresholds=DENSE).logits
+    tokens: Tensor = model([drawn.to(next(model.parameters()).device)], thresholds=DENSE).logits
     return tokens.float()
-
-
-def _place(state: Mapping[str, Tensor]) -> Tensor:
-    """Some weight, whose device and dtype are those of all."""
-    return next(value for value in state.values() if value.is_floating_point())
