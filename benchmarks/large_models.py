@@ -89,7 +89,7 @@ def main() -> None:
             image = (square.float() / 255 * 2 - 1)[None]
             plain = tokenstep.accelerate(model)
             dense_time = [seconds(model, image), seconds(plain, image)]
-            full = macs(host, stages, [lengths[0] for lengths in plain.run.rows])
+            full = macs(host, stages, [lengths[0] for lengths in plain.run.encoded.live])
             cheap, cost = at_ratio(model, host, stages, image, full / given.ratio)
             dense_time[0] = min(dense_time[0], seconds(model, image))
             step = min(seconds(cheap, image) for _ in range(2))

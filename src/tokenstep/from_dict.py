@@ -1,5 +1,7 @@
 """Dataclasses from parsed JSON or TOML: unknown keys and wrong types are errors that say where."""
 
+import tomllib
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -18,6 +20,30 @@ def from_dict(kind: type[T], data: object, where: str) -> T:
         TokenstepError: names the key, what was expected and what came.
     """
     return cast(T, _convert(kind, data, where))
+
+
+def from_text(kinds: Mapping[str, type[Any]], text: str, what: str) -> Any:
+    """The dataclass that a text such as ``tome:share=0.1`` names; ``what`` is what it is called.
+
+    Raises:
+        TokenstepError: there is none of such a name or setting, or a value is of a wrong type.
+    """
+    name, _, settings = text.partition(":")
+    kind = kinds.get(name)
+    if kind is None:
+        raise TokenstepError(f"{what} {name}: choose from {', '.join(kinds)}")
+    known = ", ".join(field.name for field in fields(kind))
+    try:
+        # An inline table of TOML reads numbers, lists and true or false.
+        if not settings.isprintable():
+            raise ValueError("more than a line")
+        given: dict[str, Any] = tomllib.loads(f"settings = {{{settings}}}")["settings"]
+    except ValueError as error:  # TOML's own is one
+        raise TokenstepError(
+            f"{what} {name}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}; a list as "
+            "[4,7]"
+        ) from error
+    return from_dict(kind, given, f"{what} {name}")
 
 
 def _convert(kind: Any, value: object, where: str) -> object:

@@ -166,7 +166,7 @@ def test_fewer_tokens_give_the_same_shapes_and_each_picture_alone(
             single = one[name] if isinstance(value, tuple) else (one[name],)
             for part, other in zip(maps, single, strict=True):
                 assert torch.allclose(part[index], other[0], atol=1e-4 * float(part.abs().max()))
-    rows = getattr(cheap, "backbone", cheap).run.rows
+    rows = getattr(cheap, "backbone", cheap).run.encoded.live
     assert max(rows[-1]) < 64  # of 64 patches and the prefix
 
 
@@ -275,7 +275,7 @@ def test_a_plain_half_goes_on_as_one_token() -> None:
     assert cheap.run.reducers == tuple(reducers)
     with torch.no_grad():
         found = cheap(pictures(1, 3, 64, 64)).last_hidden_state[0, 1:].unflatten(0, (8, 8))
-    assert cheap.run.rows[0] == (1 + 32 + 2,)  # two superpatches of 4x4 on the left
+    assert cheap.run.encoded.live[0] == (1 + 32 + 2,)  # two superpatches of 4x4 on the left
     assert torch.equal(found[:4, :4], found[:1, :1].expand(4, 4, -1))
 
 

@@ -113,7 +113,7 @@ def test_fewer_tokens_give_the_same_shapes_and_each_picture_alone(model: nn.Modu
         for index, image in enumerate(images):
             for name, value in cheap(image[None]).items():
                 assert torch.allclose(found[name][index], value[0], atol=1e-4)
-    rows = [max(lengths) for lengths in cheap.run.rows]
+    rows = [max(lengths) for lengths in cheap.run.encoded.live]
     assert rows[0] < 64 + 3 and rows[2] == rows[1] + 7 - (rows[1] - 3 - round(0.9 * (rows[1] - 3)))
 
 

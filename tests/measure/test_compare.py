@@ -129,10 +129,27 @@ def test_rivals_cost_what_step_costs_or_say_that_they_cannot(
     for name in [*RIVALS, "random partition"]:
         assert any(method.startswith(name) for method in found), name
     for method, row in found.items():
-        assert kind_of(row) in ("other reducers", "other partitions"), method
+        kinds = ("other reducers", "other partitions", "lower resolution")
+        assert kind_of(row) in kinds, method
         if "partition" not in method and "nearest" not in method:
             # costs are matched on two of the three pictures, which differ in size and content
             assert row["gmac"]["total"] == pytest.approx(step["gmac"]["total"], rel=0.2), method
+
+
+def test_rivals_stand_at_ratios_of_the_dense_cost_of_another_folder(
+    model: Segmenter, folder: LabelledFolder
+) -> None:
+    """So that nothing of the folder that is reported on decides how strong they are."""
+    choosing = folder.thinned(1)
+    rows = compare(model, folder, DENSE, ratios=[1.5], choosing=choosing)
+    (dense,) = measure(model, choosing, [Method()])
+    found = [row["method"] for row in rows if row["method"].endswith(", dense / 1.5")]
+    assert len(found) == len(RIVALS)
+    wanted = dense["gmac"]["total"] / 1.5
+    costs = {method: float(method.split(" GMAC")[0].split()[-1]) for method in found}
+    for method, cost in costs.items():
+        assert "nearest" in method or cost == pytest.approx(wanted, rel=0.03), method
+    assert not all("nearest" in method for method in found)
 
 
 def test_the_strength_of_a_rival_is_found_by_its_cost() -> None:

@@ -44,7 +44,7 @@ def test_all_pictures_of_a_size_have_the_same_tokens_everywhere(model: Segmenter
     for rows in found.trace.attention + found.trace.mlp:
         assert len(set(rows)) == 1
     # 8 x 12 patches: 0.3 of them in 4 x 4, 0.4 in 2 x 2; 10 and 19 tokens halt
-    before, middle, last = (rows[0] - found.prefix for rows in found.trace.attention)
+    before, middle, last = (rows[0] - found.trace.prefix[0] for rows in found.trace.attention)
     assert before == 96 - 2 * 15 - 10 * 3
     assert (before - middle, middle - last) == (10, 19)
 

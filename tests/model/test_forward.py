@@ -271,7 +271,7 @@ def test_unmerged_pictures_keep_all_of_their_patches(model: Segmenter) -> None:
     with torch.no_grad():
         merged = model(pictures, thresholds=ALL)
         some = model(pictures, thresholds=ALL, unmerged=torch.tensor([False, False, True]))
-    assert merged.live[0][2] < some.live[0][2] == 5 * 7 + merged.prefix
+    assert merged.live[0][2] < some.live[0][2] == 5 * 7 + merged.trace.prefix[0]
     assert merged.live[0][:2] == some.live[0][:2]
     assert torch.equal(merged.partition[:2], some.partition[:2])
 

@@ -6,12 +6,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import TinyModel
 from support import scramble
 from torch import Tensor, nn
 
 import tokenstep
-from tokenstep.config import Thresholds
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.errors import TokenstepError
+from tokenstep.model.dense import with_policy
 from tokenstep.policies.entropy import Entropy
 
 CLASSES = ("road", "tree", "sky")
@@ -146,3 +148,24 @@ def test_a_vit_that_timm_would_not_build_so_is_not_saved(
     assert model.segment(torch.rand(3, 32, 48)).labels.shape == (32, 48)
     with pytest.raises(TokenstepError, match="would not load"):
         model.save_pretrained(tmp_path)
+
+
+def test_another_policy_takes_the_place_of_a_models_own(tiny_model: TinyModel) -> None:
+    """All else stays: dense it is the same, and it merges what the entropy says."""
+    torch.manual_seed(4)
+    picture = torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8)
+    picture[:, :, :24] = 90
+    model = tiny_model()
+    other = with_policy(model, Entropy(bits=(2.0,), sizes=(2,)))
+    for thresholds in (DENSE, Thresholds(exits=(0.36, 0.36))):
+        own, same = (one.segment(picture, thresholds=thresholds) for one in (model, other))
+        assert (own.labels == same.labels).all() and own.cost.blocks == same.cost.blocks
+    merged = other.segment(picture)
+    assert (merged.tokens.level[:, :2] == 1).all(), "of one colour"
+    assert (merged.tokens.level[:, 3:] == 0).all(), "of noise"
+    assert model.config.policy.kind == "dcts"
+
+
+def test_a_policy_whose_features_the_tokens_take_stays(tiny_model: TinyModel) -> None:
+    with pytest.raises(TokenstepError, match="what its own policy saw"):
+        with_policy(tiny_model(policy_features=True), Entropy())

@@ -6,7 +6,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Reducer
 from tokenstep.reducers.evit import EViT
 from tokenstep.reducers.exits import Exits
-from tokenstep.reducers.named import REDUCERS, reducer_of
+from tokenstep.reducers.named import REDUCERS, reducer_of, text_of
 from tokenstep.reducers.random_drop import RandomDrop
 from tokenstep.reducers.tome import ToMe
 
@@ -24,6 +24,7 @@ from tokenstep.reducers.tome import ToMe
 )
 def test_a_text_names_a_reducer(text: str, reducer: Reducer | Exits) -> None:
     assert reducer_of(text) == reducer
+    assert reducer_of(text_of(reducer)) == reducer
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ a shallow copy of it with the backbone replaced.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from tokenstep.accelerated.accelerator import read_accelerator
 from tokenstep.accelerated.run import NamedPolicy
 from tokenstep.errors import TokenstepError
 from tokenstep.reducers.base import Reducer
@@ -23,6 +25,8 @@ def accelerate(
     *,
     policy: NamedPolicy | None = None,
     reducers: Sequence[Reducer | str] = (),
+    accelerator: str | os.PathLike[str] | None = None,
+    max_loss: float | None = None,
 ) -> M:
     """Make a model of transformers cheaper, without any training; it stays as it is itself.
 
@@ -33,9 +37,14 @@ def accelerate(
     itself, or an EoMT, becomes a module of :mod:`tokenstep.accelerated`, which has all else that
     the original has. Both share their weights with ``model``.
 
+    Its ``save_pretrained`` writes an accelerator, not the model. ``accelerator`` is such a folder
+    (or a repository of the hub) and takes the place of policy and reducers; with ``max_loss`` it
+    runs at the cheapest of its points that was measured to lose at most so many.
+
     Raises:
-        TokenstepError: the model, one of its parts or of the settings is not supported, by name; or
-            the `hf` extra is not installed.
+        TokenstepError: the model, one of its parts or of the settings is not supported, by name;
+            the accelerator is another model's, or has no such point; or the `hf` extra is not
+            installed.
     """
     try:
         from tokenstep.accelerated.named import accelerated_of
@@ -44,13 +53,45 @@ def accelerate(
             "accelerate: needs transformers: pip install 'tokenstep[hf]'"
         ) from error
 
+    inner = vit_of(model)
+    if accelerator is not None:
+        if policy is not None or reducers:
+            raise TokenstepError("accelerate: an accelerator has its own policy and reducers")
+        known = read_accelerator(accelerator)
+        known.require_for(inner, str(accelerator))
+        thresholds = known.at(max_loss)
+        policy, reducers = known.policy(thresholds), thresholds.reducers
+    elif max_loss is not None:
+        raise TokenstepError(
+            "accelerate: max_loss chooses among the measured points of an accelerator: give one, "
+            "or policy and reducers"
+        )
+    if inner is model:
+        return cast(M, accelerated_of(model, processor, policy, reducers))
+    changed = copy.copy(model)
+    # Dictionaries of its own, so that the user's model keeps its backbone and its hooks.
+    for held, value in vars(model).items():
+        if held.startswith("_") and isinstance(value, dict):
+            changed.__dict__[held] = copy.copy(value)
+    cheap = accelerated_of(inner, processor, policy, reducers)
+    changed.backbone = cheap
+    cast(Any, changed).save_pretrained = cheap.save_pretrained
+    return changed
+
+
+def vit_of(model: nn.Module) -> nn.Module:
+    """The part of a model that runs on fewer tokens: its backbone, or the model itself.
+
+    Raises:
+        TokenstepError: the model wraps another, or its backbone cannot be replaced in a copy.
+    """
     if "backbone" not in model._modules:
         # One that only passes on what another has would come back as it was.
         if isinstance(getattr(model, "backbone", None), nn.Module):
             raise TokenstepError(
                 f"accelerate: {type(model).__name__} wraps a model with a backbone: give that model"
             )
-        return cast(M, accelerated_of(model, processor, policy, reducers))
+        return model
     inner = cast(nn.Module, model._modules["backbone"])
     names = [name for name, part in model.named_modules(remove_duplicate=False) if part is inner]
     if "forward" in vars(model) or len(names) != 1:
@@ -58,10 +99,4 @@ def accelerate(
             f"accelerate: {type(model).__name__} has a forward of its own set on it, or holds its "
             f"backbone by several names: {', '.join(names)}"
         )
-    changed = copy.copy(model)
-    # Dictionaries of its own, so that the user's model keeps its backbone and its hooks.
-    for held, value in vars(model).items():
-        if held.startswith("_") and isinstance(value, dict):
-            changed.__dict__[held] = copy.copy(value)
-    changed.backbone = accelerated_of(inner, processor, policy, reducers)
-    return changed
+    return inner

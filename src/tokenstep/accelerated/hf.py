@@ -1,5 +1,6 @@
 """transformers' ViTs and backbones on fewer tokens, with the calls and outputs of the originals."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,12 +10,15 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackboneOutput
 from transformers.models.vit.modeling_vit import ViTModel
 
+from tokenstep.accelerated.accelerator import Accelerator, Base
 from tokenstep.accelerated.run import PackedRun
+from tokenstep.config import Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.hf_vit import DINO_V3, HFViT, layers_of
 from tokenstep.hosts.timm_embed import LinearEmbed
 from tokenstep.model.encoder import Joining
 from tokenstep.policies.base import Policy
+from tokenstep.reducers.named import text_of
 
 
 class Accelerated(nn.Module):
@@ -38,6 +42,18 @@ class Accelerated(nn.Module):
     def state_dict(self, *given: Any, **named: Any) -> Any:
         """The original's: what is saved of this, the original loads."""
         return self.original.state_dict(*given, **named)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write an accelerator, without the model: JSON and a card; see :class:`Accelerator`.
+
+        Raises:
+            TokenstepError: a reducer has no name, or the folder cannot be written.
+        """
+        spending, reducers = self.run.spending, tuple(map(text_of, self.run.reducers))
+        if not isinstance(spending, Thresholds):
+            raise TokenstepError("accelerator: a budget is not stored; give a policy's thresholds")
+        thresholds = Thresholds(merge=spending.merge, reducers=reducers)
+        Accelerator(Base.of(self.original), self.run.sizes, thresholds).save(folder)
 
     @staticmethod
     def _own_names(state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -37,7 +37,7 @@ def accelerated_of(
             f"accelerate: {policy!r} is no policy by its settings: give policies.entropy.Entropy()"
         )
     try:
-        built = None if policy is None else policy.build(host.patch, *_normal_of(processor))
+        built = None if policy is None else policy.build(host.patch, *normal_of(processor))
     except ValueError as error:
         raise TokenstepError(f"accelerate: {error}") from error
     if built is not None:
@@ -53,7 +53,7 @@ def accelerated_of(
     return kind(model, run)
 
 
-def _normal_of(processor: Any) -> tuple[Channels, Channels]:
+def normal_of(processor: Any) -> tuple[Channels, Channels]:
     """The mean and std by which a processor normalises."""
     if getattr(processor, "do_normalize", True) is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenstep.config import Channels, Thresholds
+from tokenstep.config import Channels, Spending
 from tokenstep.core.attention import Attended
 from tokenstep.core.partition import grid_of, uniform
 from tokenstep.core.ragged import rows_of
@@ -20,6 +20,7 @@ from tokenstep.errors import TokenstepError
 from tokenstep.hosts.base import BlockSettings, Host
 from tokenstep.model.dataflow import DATAFLOWS, flow_for
 from tokenstep.model.encoder import Encoder, Joining
+from tokenstep.model.segmented import Encoded
 from tokenstep.model.spending import plan_of
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.base import Policy
@@ -78,15 +79,15 @@ class PackedRun:
     def __init__(
         self,
         policy: Policy | None,
-        thresholds: Thresholds,
+        spending: Spending,
         sizes: Sequence[int],
         reducers: Sequence[Reducer],
     ) -> None:
         self.policy = policy
-        self.thresholds = thresholds
+        self.spending = spending  # of which the policy heeds what it says of merging
         self.sizes = tuple(sizes)
         self.reducers = tuple(reducers)
-        self.rows: tuple[tuple[int, ...], ...] = ()  # that entered each block, in the last run
+        self.encoded: Encoded | None = None  # what the last run made, and where its tokens lie
 
     def __call__(
         self,
@@ -112,7 +113,8 @@ class PackedRun:
             )
         groups = stacked(pixels[:, :, :height, :width])
         level = uniform([grid_of((height, width), host.patch)] * len(pixels), pixels.device)
-        flow, plan = flow_for("auto", pixels.device), plan_of(self.thresholds, self.sizes)
+        flow = flow_for("auto", pixels.device)
+        plan = None if self.policy is None else plan_of(self.spending, self.sizes)
         if self.policy is not None and plan is not None:
             policy = self.policy.for_use()
             looks = policy_features(policy, groups, whole=DATAFLOWS[flow].whole)
@@ -124,5 +126,12 @@ class PackedRun:
         reading(tokens, 0, None)
         encode = Encoder(host, BlockSettings())
         tokens, trace = encode(tokens, [*self.reducers, reading], joining)
-        self.rows = tuple(trace.attention)
+        self.encoded = Encoded(
+            tokens=tokens.with_features(tokens.x.detach()),
+            partition=level,
+            trace=trace,
+            sizes=((height, width),) * len(pixels),
+            patch=host.patch,
+            scored=plan is not None,
+        )
         return {**reading.found, -1: spread(tokens)}

@@ -1,22 +1,25 @@
 """The command that times: STEP, the dense model, and what else a user would run."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from tokenstep import __version__
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
+    AcceleratorName,
     BudgetOf,
     Device,
     MaxLoss,
     Merge,
     ModelName,
+    PolicyText,
     Reducers,
     Threads,
-    load_model,
+    load_any,
 )
 from tokenstep.cli.spending import Asked, choose, numbers, require_reducers
 from tokenstep.config import Spending, Thresholds
@@ -62,6 +65,8 @@ def bench_command(
     ] = None,
     reducer: Reducers = None,
     budget: BudgetOf = None,
+    accelerator: AcceleratorName = None,
+    policy: PolicyText = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each way and scope.")] = 5.0,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Time noise too.")] = False,
@@ -72,23 +77,26 @@ def bench_command(
     threads: Threads = None,
 ) -> None:
     """Time STEP beside the dense model on real pictures, all ways in turn in one process."""
-    import torch
-
     from tokenstep.data.pictures import find_pictures
     from tokenstep.data.whole_files import require_writable, write_text
     from tokenstep.measure.cases import Case
     from tokenstep.measure.machine import description, gemm_rate
     from tokenstep.measure.speed import bench, growth
     from tokenstep.model.precision import name_of
+    from tokenstep.model.segmenter import Segmenter
 
     cases = [
         Case(_size(text), count)
         for text in size or ["480x360", "960x720"]
         for count in batch or [1, 8]
     ]
-    network = load_model(model, device, threads, precision)
-    place = next(network.parameters()).device
+    network = load_any(model, device, threads, precision, accelerator=accelerator, policy=policy)
+    place = network.device
     runtimes = _runtimes(rival or [], on_cpu=place.type == "cpu" and network.dtype.itemsize == 4)
+    if (runtimes or backbone) and not isinstance(network, Segmenter):
+        raise TokenstepError(
+            f"--{'rival' if runtimes else 'backbone'}: is for models of tokenstep; leave it out"
+        )
     if json_file is not None:
         require_writable(json_file.parent)
     paths, faults = find_pictures(pictures)
@@ -108,18 +116,19 @@ def bench_command(
         if budget is not None:
             raise TokenstepError("--budget: the backbone gets one of its own; leave it out")
         thresholds, point = choose(network, max_loss=max_loss, merge=merge)[0], None
-        network = _with_backbone(network, backbone, exits, halt)
-        require_reducers(network, reducer or [])
-        spendings = _of_backbone(network, paths, cases[0].size, thresholds, halt, reducer)
+        large = _with_backbone(cast(Segmenter, network), backbone, exits, halt)
+        require_reducers(large, reducer or [])
+        spendings = _of_backbone(large, paths, cases[0].size, thresholds, halt, reducer)
+        network = large
+    makes = {name: partial(make, cast(Segmenter, network)) for name, make in runtimes.items()}
     rows = []
     with progress_bar() as progress:
         for case in progress.track(cases, description="bench"):
-            rows += bench(network, paths, case, spendings, runtimes=runtimes, seconds=seconds)
+            rows += bench(network, paths, case, spendings, runtimes=makes, seconds=seconds)
     grown = growth(rows)
-    weight: torch.Tensor = cast(Any, network.encoder.blocks)[0].mlp.fc1.weight
     report = {
         "tokenstep": __version__,
-        "machine": {**description(place), "gemm_gmac_per_second": gemm_rate(weight)},
+        "machine": {**description(place), "gemm_gmac_per_second": gemm_rate(network.largest)},
         "model": model,
         "backbone": backbone,
         "precision": name_of(network.dtype),

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from tokenstep.cli.options import (
+    AcceleratorName,
     Device,
     ModelName,
+    PolicyText,
     PrecisionOf,
     Side,
     Threads,
-    load_model,
+    load_any,
     max_side_of,
 )
 from tokenstep.errors import TokenstepError
@@ -29,6 +31,8 @@ def demo_command(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")
     ] = 7860,
     max_side: Side = None,
+    accelerator: AcceleratorName = None,
+    policy: PolicyText = None,
     precision: PrecisionOf = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -44,7 +48,11 @@ def demo_command(
     side = max_side_of(max_side)
     with _listen(host, port) as listening:
         names = dict.fromkeys([model, *shipped_models()])
-        models = {name: load_model(name, device, threads, precision) for name in names}
+        own = {"accelerator": accelerator, "policy": policy}
+        models = {
+            name: load_any(name, device, threads, precision, **(own if name == model else {}))
+            for name in names
+        }
         for network in models.values():
             warm_up(network)
         from tokenstep.serve.page import serve

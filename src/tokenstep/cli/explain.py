@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokenstep.cli.options import (
+    AcceleratorName,
     Device,
     Exits,
     MaxLoss,
     Merge,
     ModelName,
     Names,
+    PolicyText,
     Reducers,
     Side,
     Threads,
-    load_model,
+    load_any,
     max_side_of,
     scale_note,
 )
@@ -30,7 +32,7 @@ from tokenstep.terminal import as_json, complain, progress_bar, require_extra
 if TYPE_CHECKING:
     from tokenstep.data.labelled_folder import LabelledFolder
     from tokenstep.explain.report import Section
-    from tokenstep.model.segmenter import Segmenter
+    from tokenstep.model.any_segmenter import AnySegmenter
 
 app = typer.Typer()
 
@@ -55,6 +57,8 @@ def explain_command(
     merge: Merge = None,
     exits: Exits = None,
     reducer: Reducers = None,
+    accelerator: AcceleratorName = None,
+    policy: PolicyText = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -78,7 +82,12 @@ def explain_command(
     long_side = max_side_of(max_side)
     require_writable(out)
     folder = None if data is None else LabelledFolder(data, split, names=names)
-    network = load_model(model, device, threads)
+    network = load_any(model, device, threads, accelerator=accelerator, policy=policy)
+    if folder is not None and network.resizes:
+        raise TokenstepError(
+            "--data: this model brings pictures to a size of its own, which labels do not have; "
+            "give pictures"
+        )
     thresholds, point = choose(
         network, max_loss=max_loss, merge=merge, exits=exits, reducer=reducer
     )
@@ -111,7 +120,7 @@ def explain_command(
 
 
 def _explain_pictures(
-    network: "Segmenter", arguments: Sequence[str], thresholds: Thresholds, max_side: int | None
+    network: "AnySegmenter", arguments: Sequence[str], thresholds: Thresholds, max_side: int | None
 ) -> Explanation:
     """Explain each picture that can be read and segmented."""
     from tokenstep.data.pictures import find_pictures, read_picture, to_tensor
@@ -148,7 +157,7 @@ def _explain_pictures(
 
 
 def _explain_data(
-    network: "Segmenter", folder: "LabelledFolder", thresholds: Thresholds
+    network: "AnySegmenter", folder: "LabelledFolder", thresholds: Thresholds
 ) -> Explanation:
     """Explain a labelled folder, then each of the pictures that lost most against dense."""
     from tokenstep.explain.folder import explain_folder, worst

@@ -16,6 +16,7 @@ from tokenstep import __version__
 from tokenstep.cli import bench, demo, explain, measure, tables
 from tokenstep.cli import data as cli_data
 from tokenstep.cli.options import (
+    AcceleratorName,
     BudgetOf,
     Device,
     Exits,
@@ -23,11 +24,12 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Overrides,
+    PolicyText,
     PrecisionOf,
     Reducers,
     Side,
     Threads,
-    load_model,
+    load_any,
     max_side_of,
     scale_note,
 )
@@ -118,6 +120,8 @@ def segment(
     exits: Exits = None,
     reducer: Reducers = None,
     budget: BudgetOf = None,
+    accelerator: AcceleratorName = None,
+    policy: PolicyText = None,
     precision: PrecisionOf = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -135,7 +139,7 @@ def segment(
 
     wanted = max_side_of(max_side, tile=tile)
     paths, entries = _find(pictures, out)
-    network = load_model(model, device, threads, precision)
+    network = load_any(model, device, threads, precision, accelerator=accelerator, policy=policy)
     spending, point = Asked(dense, max_loss, merge, exits, reducer, budget).of(network)
     if tile is not None:
         require_side(network, tile)

@@ -7,6 +7,7 @@ import typer
 
 from tokenstep.cli import tables
 from tokenstep.cli.options import (
+    AcceleratorName,
     BudgetOf,
     Data,
     Device,
@@ -15,8 +16,10 @@ from tokenstep.cli.options import (
     Merge,
     ModelName,
     Names,
+    PolicyText,
     Reducers,
     Threads,
+    load_any,
     load_model,
 )
 from tokenstep.cli.spending import Asked, choose, numbers, require_reducers
@@ -48,6 +51,8 @@ def evaluate_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; - prints them.")
     ] = None,
+    accelerator: AcceleratorName = None,
+    policy: PolicyText = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
     device: Device = "auto",
     threads: Threads = None,
@@ -68,7 +73,7 @@ def evaluate_command(
             raise TokenstepError(f"--json {json_file}: is a folder; name a file in it")
         require_writable(json_file.parent)
     folder = LabelledFolder(data, split, names=names)
-    network = load_model(model, device, threads, precision)
+    network = load_any(model, device, threads, precision, accelerator=accelerator, policy=policy)
     asked = Asked(max_loss=max_loss, merge=merge, exits=exits, reducer=reducer, budget=budget)
     spending, point = asked.of(network)
     method = Method(spending, source, tolerance)
@@ -177,6 +182,18 @@ def compare_command(
             "operating point that loses at most so many points; may be repeated.",
         ),
     ] = None,
+    less: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=1, help="Also each of these at so many times less compute; may be repeated."
+        ),
+    ] = None,
+    choose_on: Annotated[
+        str | None,
+        typer.Option(help="The split on which their cost is matched. [the split itself]"),
+    ] = None,
+    accelerator: AcceleratorName = None,
+    policy: PolicyText = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -190,13 +207,14 @@ def compare_command(
 
     require_writable(out)
     folder = LabelledFolder(data, split, names=names)
-    network = load_model(model, device, threads)
+    network = load_any(model, device, threads, accelerator=accelerator, policy=policy)
     thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     require_reducers(network, reducer or [])
     rivalled = [network.config.at(loss)[0] for loss in rivals or []]
     require_same_classes(network, folder)
+    choosing = None if choose_on is None else LabelledFolder(data, choose_on)
     warnings = empty_classes(folder)
-    others = [(name, load_model(name, device, threads)) for name in also or []]
+    others = [(name, load_any(name, device, threads)) for name in also or []]
     with progress_bar() as progress:
         task = progress.add_task("compare", total=len(folder) * (1 + len(others)))
         rows = compare(
@@ -206,6 +224,8 @@ def compare_command(
             reducers=tuple(reducer or []),
             others=others,
             rivalled=rivalled,
+            ratios=less or (),
+            choosing=choosing,
             on_picture=lambda: progress.advance(task),
         )
     head = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}

@@ -10,11 +10,25 @@ from tokenstep.errors import TokenstepError
 
 if TYPE_CHECKING:
     from tokenstep.data.scaling import MaxSide
+    from tokenstep.model.any_segmenter import AnySegmenter
     from tokenstep.model.segmenter import Segmenter
 
 Data = Annotated[Path, typer.Option(help="Labelled folder, as the README lays it out.")]
 ModelName = Annotated[
     str, typer.Option("--model", help="A shipped name, a folder, or a Hugging Face repository id.")
+]
+AcceleratorName = Annotated[
+    str | None,
+    typer.Option(
+        "--accelerator", help="What makes a model of transformers cheap: a folder or repository."
+    ),
+]
+PolicyText = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        help="In place of the model's own policy, without training: entropy:bits=[5.5,4.0].",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionOf = Annotated[
@@ -99,25 +113,41 @@ def scale_note(count: int, side: int, given: str | None) -> str:
     return f"{text}, the scale that the model was trained at (--max-side none: as they are)"
 
 
-def load_model(
-    name: str, device: str, threads: int | None, precision: str | None = "fp32"
-) -> "Segmenter":
+def load_model(name: str, device: str, threads: int | None) -> "Segmenter":
+    """Load a model of ours onto a device.
+
+    Raises:
+        TokenstepError: there is no such model or device.
+    """
+    from tokenstep.hub import load
+
+    return load(name, device=_ready(device, threads))
+
+
+def load_any(
+    name: str,
+    device: str,
+    threads: int | None,
+    precision: str | None = "fp32",
+    *,
+    accelerator: str | None = None,
+    policy: str | None = None,
+) -> "AnySegmenter":
     """Load a model onto a device; without a precision, the one that its kind is made for.
 
     Raises:
-        TokenstepError: there is no such model, device or precision.
+        TokenstepError: there is no such model, accelerator, policy, device or precision.
     """
-    import torch
+    from tokenstep.hub import load_segmenter
+    from tokenstep.policies.named import policy_of
 
-    from tokenstep.hub import device_of, load
-
-    if threads is not None:
-        torch.set_num_threads(threads)
+    device = _ready(device, threads)
     try:
-        device = device_of(device)
+        chosen = None if policy is None else policy_of(policy)
+        model = load_segmenter(name, device=device, accelerator=accelerator, policy=chosen)
     except TokenstepError as fault:
-        raise TokenstepError(f"--{fault}") from fault
-    model = load(name, device=device)
+        given = str(fault).startswith(("policy", "accelerator"))
+        raise TokenstepError(f"--{fault}" if given else str(fault)) from fault
     if precision is None:  # a CPU computes as the figures of a model were measured
         precision = "fp32" if model.device.type == "cpu" else "auto"
     known = next((one for one in get_args(Precision) if one == precision.lower()), None)
@@ -127,3 +157,17 @@ def load_model(
         )
     model.use(precision=known)
     return model
+
+
+def _ready(device: str, threads: int | None) -> str:
+    """The device that ``--device`` stands for, once torch has its threads."""
+    import torch
+
+    from tokenstep.hub import device_of
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return device_of(device)
+    except TokenstepError as fault:
+        raise TokenstepError(f"--{fault}") from fault

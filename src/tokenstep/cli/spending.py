@@ -11,11 +11,11 @@ from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
 
 if TYPE_CHECKING:
-    from tokenstep.model.segmenter import Segmenter
+    from tokenstep.model.any_segmenter import AnySegmenter
 
 
 def choose(
-    model: "Segmenter",
+    model: "AnySegmenter",
     *,
     dense: bool = False,
     max_loss: float | None = None,
@@ -51,7 +51,7 @@ def choose(
     return thresholds, next(known, None)
 
 
-def _by_hand(model: "Segmenter", merge: str | None, exits: str | None) -> Thresholds:
+def _by_hand(model: "AnySegmenter", merge: str | None, exits: str | None) -> Thresholds:
     """The model's own settings with what the command line changes."""
     thresholds = model.config.thresholds
     if merge is not None:
@@ -90,7 +90,7 @@ def numbers(option: str, text: str, wanted: str = "numbers such as 0.6,0.6") -> 
         raise TokenstepError(f"{option} {text}: give {wanted}") from error
 
 
-def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
+def require_reducers(model: "AnySegmenter", texts: Sequence[str]) -> None:
     """Refuse what ``--reducer`` asks for if there is no such reducer, or it does not fit.
 
     Raises:
@@ -100,7 +100,7 @@ def require_reducers(model: "Segmenter", texts: Sequence[str]) -> None:
 
     named = Thresholds(reducers=tuple(texts))
     try:
-        require_reducers([named], model.exits, len(model.encoder.host_blocks()))
+        require_reducers([named], model.exits, model.depth)
     except TokenstepError as fault:
         raise TokenstepError(f"--{fault}") from fault
 
@@ -116,7 +116,7 @@ class Asked:
     reducer: list[str] | None = None
     budget: str | None = None
 
-    def of(self, model: "Segmenter") -> tuple[Spending, OperatingPoint | None]:
+    def of(self, model: "AnySegmenter") -> tuple[Spending, OperatingPoint | None]:
         """The same for a model, and the operating point that it is, if one.
 
         Raises:
@@ -137,7 +137,7 @@ class Asked:
 
 
 def spending_of(
-    model: "Segmenter",
+    model: "AnySegmenter",
     budget: str | None,
     thresholds: Thresholds,
     point: OperatingPoint | None,
@@ -178,7 +178,7 @@ def spending_of(
 
 
 def _budget_of_point(
-    model: "Segmenter", point: OperatingPoint | None, max_loss: float | None
+    model: "AnySegmenter", point: OperatingPoint | None, max_loss: float | None
 ) -> tuple[Budget, OperatingPoint | None]:
     if max_loss is not None:
         point = model.config.point_within(max_loss, by_budget=True)

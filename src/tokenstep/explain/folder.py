@@ -15,7 +15,7 @@ from tokenstep.explain.folder_sums import FolderSums, ratio
 from tokenstep.explain.picture import Rows, depth_name, view_of
 from tokenstep.measure.quality import require_same_classes
 from tokenstep.measure.reliability import reliability_of
-from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.any_segmenter import AnySegmenter
 
 STEP = "step"  # the method that is explained; the others are compared with it
 
@@ -29,7 +29,7 @@ def methods_of(thresholds: Thresholds) -> dict[str, Thresholds]:
 
 
 def explain_folder(
-    model: Segmenter,
+    model: AnySegmenter,
     folder: LabelledFolder,
     thresholds: Thresholds,
     *,

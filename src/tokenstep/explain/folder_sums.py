@@ -11,8 +11,8 @@ from tokenstep.data.labelled_folder import IGNORE
 from tokenstep.explain.picture import Rows, View, ends_of, over_pixels
 from tokenstep.measure.metrics import Tally, interior
 from tokenstep.measure.reliability import bin_sums, sub_cell_labels
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import Segmenter
 
 LEVELS = 16  # more than superpatches have: a side of 2 ** 15 patches
 
@@ -25,11 +25,11 @@ class FolderSums:
     pixels of each method.
     """
 
-    def __init__(self, model: Segmenter, methods: Sequence[str]) -> None:
+    def __init__(self, model: AnySegmenter, methods: Sequence[str]) -> None:
         self.names = model.config.classes
         self.methods = tuple(methods)
         self.patch = model.patch
-        self.depth = len(model.encoder.host_blocks())
+        self.depth = model.depth
         # Exits, the last block, and behind them the blocks that may drop tokens.
         self.depths = [*model.exits.after, *range(self.depth, 2 * self.depth + 1)]
         # Distances from a boundary in px, up to two patches.

@@ -45,7 +45,7 @@ def figure(*draws: Callable[[Axes], None], height: float) -> Figure:
 
 def map_height(view: View) -> float:
     """Inches that a map of a picture needs, with room for its title and legend."""
-    height, width = view.result.labels.shape
+    height, width = view.image.shape[:2]
     return min(12.0, WIDTH * float(height / width) + 0.9)
 
 
@@ -98,7 +98,7 @@ def confidence(axes: Axes, view: View, exit_view: ExitView) -> None:
     coloured = (255 * colormaps["viridis"](shades)[..., :3]).round().astype(np.uint8)
     coloured[np.isnan(exit_view.confidence)] = 255
     shown = axes.imshow(shades, cmap="viridis", vmin=0, vmax=1, visible=False)
-    _map(axes, over_pixels(coloured, view.result.patch, view.result.labels.shape))
+    _map(axes, over_pixels(coloured, view.result.patch, view.image.shape[:2]))
     page = axes.get_figure(root=True)
     if page is not None:
         scale = page.colorbar(shown, ax=axes, shrink=0.8)
@@ -154,7 +154,7 @@ def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _tinted(view: View, cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Colours of cells ``(H, W, 3)`` over the greyed picture."""
-    over = over_pixels(cells, view.result.patch, view.result.labels.shape)
+    over = over_pixels(cells, view.result.patch, view.image.shape[:2])
     return (_GREYED * _grey(view.image) + (1 - _GREYED) * over).astype(np.uint8)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from tokenstep.config import Thresholds
 from tokenstep.core.unmerge import ends_of_tokens, rows_of_cells, unmerge
 from tokenstep.data.labelled_folder import IGNORE
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.result import Result
 from tokenstep.model.segmented import TokenUse
-from tokenstep.model.segmenter import Segmenter
 from tokenstep.reducers.exit_heads import DeepSupervision, confidence_of
 
 Rows = list[dict[str, Any]]  # the rows of a table; one key per column
@@ -40,7 +40,7 @@ class View:
 
 
 @torch.inference_mode()
-def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
+def view_of(model: AnySegmenter, image: Tensor, thresholds: Thresholds) -> View:
     """Segment ``image (3, h, w)`` uint8 and keep what each exit computed.
 
     All exits run, also where ``thresholds`` turn them off; then they halt nothing.
@@ -50,7 +50,7 @@ def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
     """
     recorder = DeepSupervision(model.exits)
     result = model.segment_batch([image], thresholds=thresholds, reducers=[recorder])[0]
-    level = torch.from_numpy(result.tokens.level)[None].to(next(model.parameters()).device)
+    level = torch.from_numpy(result.tokens.level)[None].to(model.device)
     temperatures = model.config.temperatures or (1.0,) * len(model.exits.after)
     exit_thresholds: Sequence[float | None] = thresholds.exits or (None,) * len(model.exits.after)
     views = []
@@ -71,7 +71,8 @@ def view_of(model: Segmenter, image: Tensor, thresholds: Thresholds) -> View:
                 unmerge(tokens, calibrated, level)[0].float().cpu(),
             )
         )
-    return View(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), result, tuple(views))
+    seen = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return View(seen if result.seen is None else result.seen, result, tuple(views))
 
 
 def ends_of(use: TokenUse) -> NDArray[np.int64]:

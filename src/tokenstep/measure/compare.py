@@ -12,26 +12,30 @@ from tokenstep.core import partition
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
 from tokenstep.measure.rivals import RIVALS, gmac_of, rivals_at
-from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.reducers.named import REDUCERS
 
 SCALES = (0.75, 0.5)  # of the picture's sides: what a user would try first
 
 
 def compare(
-    model: Segmenter,
+    model: AnySegmenter,
     folder: LabelledFolder,
     thresholds: Thresholds,
     *,
     reducers: tuple[str, ...] = (),
-    others: Sequence[tuple[str, Segmenter]] = (),
+    others: Sequence[tuple[str, AnySegmenter]] = (),
     rivalled: Sequence[Thresholds] = (),
+    ratios: Sequence[float] = (),
+    choosing: LabelledFolder | None = None,
     on_picture: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Measure each method of :func:`methods_of`, and ``others`` dense; give one row for each.
 
     ``reducers`` have a row of their own, in which they stand in the place of the exits. The
-    methods of :func:`rivalling` follow for each of ``rivalled``. ``others`` run after all methods
+    methods of :func:`rivalling` follow for each of ``rivalled``, and all rivals at so many times
+    less compute than dense for each of ``ratios``; how strong they are is found by their cost on
+    ``choosing``, the folder itself if none is given. ``others`` run after all methods
     of ``model``. ``time_ratio`` is the dense model's time over
     that of the row, both measured in this run; ``compute_ratio`` is the same of GMAC.
 
@@ -43,7 +47,12 @@ def compare(
     if reducers:
         methods[" ".join(reducers)] = Method(replace(thresholds.without_exits(), reducers=reducers))
     for spent in rivalled:
-        methods |= rivalling(model, folder, spent)
+        methods |= rivalling(model, choosing or folder, spent)
+    some = (choosing or folder).thinned(4)
+    dense = gmac_of(model, some, Method()) if ratios else 0.0
+    for ratio in ratios:
+        found = rivals_at(model, some, dense / ratio)
+        methods |= {f"{name}, dense / {ratio:g}": method for name, method in found.items()}
     reports = measure(model, folder, list(methods.values()), on_picture=on_picture)
     rows = [{"method": name, **report} for name, report in zip(methods, reports, strict=True)]
     for name, other in others:
@@ -57,17 +66,18 @@ def compare(
 
 
 def methods_of(
-    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds
+    model: AnySegmenter, folder: LabelledFolder, thresholds: Thresholds
 ) -> dict[str, Method]:
     """The methods to compare, by name: dense, lower resolution, partitions, halves, and STEP.
 
     ``thresholds`` are those of STEP, its partitions and its halves: merging alone, exits alone.
-    The model's other operating points follow. What ``thresholds`` turn off has no method.
+    The model's other operating points follow. What ``thresholds`` turn off has no method; where a
+    model brings pictures to a size of its own, resolutions and partitions have none.
     """
     methods = {"dense": Method()}
-    for scale in SCALES:
+    for scale in () if model.resizes else SCALES:
         methods[f"dense at {scale:g} x the sides"] = Method(scale=scale)
-    if thresholds.merge:
+    if thresholds.merge and not model.resizes:
         merging = thresholds.without_exits()
         tolerance = oracle_tolerance(model, folder.thinned(20), merging)
         methods["random partition"] = Method(merging, "random")
@@ -89,13 +99,13 @@ def methods_of(
 
 
 def rivalling(
-    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds
+    model: AnySegmenter, folder: LabelledFolder, thresholds: Thresholds
 ) -> dict[str, Method]:
     """What else a model could do at the cost of ``thresholds``: other partitions and reducers."""
     some = folder.thinned(20)
     gmac = gmac_of(model, some, Method(thresholds))
     methods = rivals_at(model, folder.thinned(2), gmac)
-    if thresholds.merge:
+    if thresholds.merge and not model.resizes:
         tolerance = oracle_tolerance(model, some, thresholds)
         exits = f"and the exits of STEP at {gmac:.4g} GMAC"
         methods[f"random partition {exits}"] = Method(thresholds, "random")
@@ -105,13 +115,13 @@ def rivalling(
 
 @torch.inference_mode()
 def oracle_tolerance(
-    model: Segmenter, folder: LabelledFolder, thresholds: Thresholds, rounds: int = 8
+    model: AnySegmenter, folder: LabelledFolder, thresholds: Thresholds, rounds: int = 8
 ) -> float:
     """The impurity at which the oracle's partition has as many tokens as the policy's.
 
     It is 0 where even the exact oracle has fewer. ``rounds`` halve the interval that holds it.
     """
-    device = next(model.parameters()).device
+    device = model.device
     wanted = 0
     for image, _ in folder:
         learned = model.partition([image.to(device)], thresholds)
@@ -212,7 +222,7 @@ def kind_of(row: dict[str, Any]) -> str:
     method = row["method"]
     if method == "dense" or method == "exits alone":
         return str(method)
-    if method.startswith("dense at"):
+    if method.startswith(("dense at", "lower resolution")):
         return "lower resolution"
     if method.startswith("learned"):
         return "merging alone"

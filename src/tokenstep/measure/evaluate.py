@@ -7,11 +7,11 @@ from typing import Any
 from tokenstep.data.faults import empty_classes
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure, require_same_classes
-from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.any_segmenter import AnySegmenter
 
 
 def evaluate(
-    model: Segmenter,
+    model: AnySegmenter,
     folder: LabelledFolder,
     method: Method,
     *,

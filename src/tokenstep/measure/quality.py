@@ -12,13 +12,15 @@ from torchvision.transforms.v2 import functional as tvf
 
 from tokenstep.config import DENSE, Spending
 from tokenstep.core.partition import grid_of, oracle, shuffled, uniform
+from tokenstep.core.same_size import stacked
+from tokenstep.data.augment import to_float
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.metrics import Tally
 from tokenstep.measure.settings import PartitionSource
 from tokenstep.measure.shares import Shares
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword, plan_of
 from tokenstep.policies.batch import partition_by, policy_features
 from tokenstep.policies.entropy import EntropyPolicy
@@ -52,7 +54,7 @@ class Method:
 
 
 def measure(
-    model: Segmenter,
+    model: AnySegmenter,
     folder: LabelledFolder,
     methods: Sequence[Method],
     *,
@@ -80,7 +82,7 @@ def measure(
     return [counted.report(names) for counted in sums]
 
 
-def require_same_classes(model: Segmenter, folder: LabelledFolder) -> None:
+def require_same_classes(model: AnySegmenter, folder: LabelledFolder) -> None:
     """Refuse a folder whose classes are not the model's.
 
     Raises:
@@ -95,7 +97,7 @@ def require_same_classes(model: Segmenter, folder: LabelledFolder) -> None:
 
 
 def segment_with(
-    model: Segmenter, image: Tensor, label: Tensor, *, method: Method, generator: torch.Generator
+    model: AnySegmenter, image: Tensor, label: Tensor, *, method: Method, generator: torch.Generator
 ) -> Result:
     """Segment ``image (3, h, w)`` uint8 with one method.
 
@@ -119,11 +121,11 @@ def segment_with(
 
 
 def _partition(
-    model: Segmenter, image: Tensor, label: Tensor, *, method: Method, generator: torch.Generator
+    model: AnySegmenter, image: Tensor, label: Tensor, *, method: Method, generator: torch.Generator
 ) -> Tensor | None:
     """The partition to use in the policy's place, or None for the policy's own."""
     sizes = model.config.policy.sizes
-    device = next(model.parameters()).device
+    device = model.device
     match method.partition:
         case "policy":
             return None
@@ -142,18 +144,20 @@ def _partition(
                 learned = model.partition([image.to(device)], method.spending)
             return shuffled(learned, sizes, generator)
         case "entropy":
+            if model.config.policy.kind == "entropy":
+                return None
             return _by_entropy(model, image.to(device), method.spending)
 
 
 @torch.inference_mode()
-def _by_entropy(model: Segmenter, image: Tensor, spending: Spending) -> Tensor:
-    """The partition ``(1, H, W)`` of ``image (3, h, w)`` by the entropy of its pixels."""
-    config = model.config
-    sizes = config.policy.sizes
-    policy = EntropyPolicy(model.patch, sizes, mean=config.mean, std=config.std).to(image.device)
-    normal = model.normalise([image])
+def _by_entropy(model: AnySegmenter, image: Tensor, spending: Spending) -> Tensor:
+    """The partition ``(1, H, W)`` of ``image (3, h, w)`` uint8 by the entropy of its pixels."""
+    sizes = model.config.policy.sizes
+    # Of pixels as they are: nothing to subtract, and to divide by one.
+    policy = EntropyPolicy(model.patch, sizes, mean=(0.0,) * 3, std=(1.0,) * 3).to(image.device)
+    groups = stacked(to_float(image)[None])
     plan = plan_of(spending, sizes)
-    partition, _ = partition_by(policy, normal, policy_features(policy, normal), plan)
+    partition, _ = partition_by(policy, groups, policy_features(policy, groups), plan)
     return partition
 
 

@@ -22,10 +22,11 @@ from tokenstep.config import DENSE, Budget, Spending
 from tokenstep.data.augment import to_float
 from tokenstep.measure.cases import Case, Load, batches_of, fitting
 from tokenstep.measure.machine import peak_mib
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.result import Result
 from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword
-from tokenstep.runtimes.dense import MakeRuntime, Runtime
+from tokenstep.runtimes.dense import Runtime
 from tokenstep.runtimes.fixed import graph
 
 SCOPES = ("model", "end_to_end")
@@ -44,16 +45,17 @@ class BatchCost:
 
 
 SegmentBatch = Callable[[Sequence[Tensor]], BatchCost]  # of uint8 pictures (3, h, w) of one size
+ForCase = Callable[[tuple[int, int], int], Runtime]  # for pictures (h, w), and a batch
 Timed = tuple[float, BatchCost]  # milliseconds of one batch, reading included, and its cost
 
 
 def bench(
-    model: Segmenter,
+    model: AnySegmenter,
     paths: Sequence[Path],
     case: Case,
     spendings: Sequence[Spending],
     *,
-    runtimes: Mapping[str, MakeRuntime] = MappingProxyType({}),
+    runtimes: Mapping[str, ForCase] = MappingProxyType({}),
     seconds: float = 5.0,
 ) -> list[dict[str, Any]]:
     """Time each method in each scope and give one row for each, dense first.
@@ -72,11 +74,11 @@ def bench(
             read.
     """
     files, pictures = fitting(paths, case)
-    device = next(model.parameters()).device
+    device = model.device
     methods = methods_of(model, case, spendings)
     measured = tuple(methods)
     for name, make in runtimes.items():
-        methods[name] = _in_runtime(make(model, case.size, case.batch), device)
+        methods[name] = _in_runtime(make(case.size, case.batch), device)
     rows = []
     for scope in SCOPES:
         with torch.inference_mode():
@@ -123,7 +125,7 @@ def relative_to(dense: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def methods_of(
-    model: Segmenter, case: Case, spendings: Sequence[Spending]
+    model: AnySegmenter, case: Case, spendings: Sequence[Spending]
 ) -> dict[str, SegmentBatch]:
     """Every method of ``model`` itself for a case, by its name; dense is the first.
 
@@ -156,10 +158,11 @@ def methods_of(
         step = "STEP by budget" if isinstance(spending, Budget) else "STEP"
         name = " ".join(spending.reducers) or step
         methods[name] = at(spending)
-        if isinstance(spending, Budget) and model.device.type == "cuda":
+        on_gpu = model.device.type == "cuda"
+        if on_gpu and isinstance(spending, Budget) and isinstance(model, Segmenter):
             run = graph(model, case.size, case.batch, budget=spending)
             methods[f"{name}, one graph"] = _in_runtime(run, model.device)
-    return methods | {"dense at 0.5 x the sides": at_half}
+    return methods if model.resizes else methods | {"dense at 0.5 x the sides": at_half}
 
 
 def _in_runtime(runtime: Runtime, device: torch.device) -> SegmentBatch:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenstep.core.same_size import in_order
 from tokenstep.core.unmerge import ends_of_tokens
 from tokenstep.model.label_map import are_finite, class_maps, require_finite
-from tokenstep.model.segmented import CellMaps, Segmented
+from tokenstep.model.segmented import CellMaps, Encoded, Segmented
 
 
 def collected(segmented: Segmented) -> tuple[list[NDArray[np.uint8]], CellMaps]:
@@ -21,21 +21,26 @@ def collected(segmented: Segmented) -> tuple[list[NDArray[np.uint8]], CellMaps]:
         TokenstepError: the logits are not finite.
     """
     stacks = class_maps(segmented)
-    ends = ends_of_tokens(segmented.tokens, len(segmented.live)).to(torch.int16)
-    # The widest first, so that all lie as their type wants them.
     owner, end, level, finite, *labels = to_host(
-        [
-            segmented.tokens.owner.to(torch.int32),
-            ends[segmented.rows],
-            segmented.partition,
-            are_finite(segmented),
-            *(stack.pixels for stack in stacks),
-        ]
+        [*_cells(segmented), are_finite(segmented), *(stack.pixels for stack in stacks)]
     )
     require_finite(segmented, bool(finite))
     # Copies, not parts of the batch's memory.
     maps = [one.copy() for one in in_order(stacks, labels)]
     return maps, CellMaps(level, end, owner)
+
+
+def cell_maps(encoded: Encoded) -> CellMaps:
+    """Where the tokens of a batch went, on the host."""
+    owner, end, level = to_host(_cells(encoded))
+    return CellMaps(level, end, owner)
+
+
+def _cells(encoded: Encoded) -> list[Tensor]:
+    """Owner, twice the end, and level of each cell, ``(B, H, W)``."""
+    ends = ends_of_tokens(encoded.tokens, len(encoded.live)).to(torch.int16)
+    # The widest first, so that all lie as their type wants them.
+    return [encoded.tokens.owner.to(torch.int32), ends[encoded.rows], encoded.partition]
 
 
 def to_host(parts: Sequence[Tensor]) -> list[NDArray[Any]]:

@@ -14,9 +14,11 @@ from torch import nn
 
 from tokenstep.core.macs import linear_macs
 from tokenstep.core.partition import grid_of, token_counts
+from tokenstep.hosts.base import HostBlock
 from tokenstep.hosts.timm_block import TimmBlock
 from tokenstep.model.build import Parts
 from tokenstep.model.decoder import LinearDecoder, MaskDecoder
+from tokenstep.model.encoder import Trace
 from tokenstep.model.segmented import Segmented
 from tokenstep.model.supertokens import Tokeniser
 from tokenstep.policies.cnn_cost import count_macs
@@ -68,6 +70,29 @@ def embed_macs(tokenise: Tokeniser) -> int:
     return count_macs(partial(tokenise.host.embed, tokenise), window)
 
 
+def asked_macs(
+    trace: Trace, index: int, blocks: Sequence[HostBlock], *, dim: int
+) -> tuple[int, int]:
+    """Multiply-adds of the exits, and of all other reducers, where picture ``index`` was asked."""
+    exits = reducers = 0
+    for asked in trace.asked:
+        macs = asked.reducer.macs(
+            Turn(
+                asked.block,
+                asked.before[index],
+                asked.after[index],
+                dim=dim,
+                heads=blocks[asked.block - 1].heads,
+                prefix=trace.prefix[asked.block - 1],
+            )
+        )
+        if isinstance(asked.reducer, Pruning):
+            exits += macs
+        else:
+            reducers += macs
+    return exits, reducers
+
+
 class CostCounter:
     """Counts the compute of pictures, from the parts of a segmenter."""
 
@@ -86,22 +111,9 @@ class CostCounter:
             segmented.end(index),
             scored=segmented.scored,
         )
-        exits = reducers = 0
-        for asked in trace.asked:
-            macs = asked.reducer.macs(
-                Turn(
-                    asked.block,
-                    asked.before[index],
-                    asked.after[index],
-                    dim=self.host.dim,
-                    heads=self.parts.encoder.host_blocks()[asked.block - 1].heads,
-                    prefix=segmented.prefix,
-                )
-            )
-            if isinstance(asked.reducer, Pruning):
-                exits += macs
-            else:
-                reducers += macs
+        exits, reducers = asked_macs(
+            trace, index, self.parts.encoder.host_blocks(), dim=self.host.dim
+        )
         total = replace(total, exits=exits / GIGA, reducers=reducers / GIGA)
         sub_patches = self.parts.tokenise.sub_patches
         if sub_patches is None:

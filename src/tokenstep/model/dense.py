@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -84,6 +85,35 @@ def dense(
         linear.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
     vit.eval()
     return Segmenter(config, parts).to(own.device, own.dtype).eval()
+
+
+def with_policy(model: Segmenter, policy: Entropy) -> Segmenter:
+    """A copy of a model under another policy, at that policy's thresholds.
+
+    Operating points were measured under the policy before, so it has none.
+
+    Raises:
+        TokenstepError: its tokens take the policy's features.
+    """
+    config = model.config
+    if config.vit.policy_features:
+        raise TokenstepError(
+            "policy: the tokens of this model take what its own policy saw; leave --policy out, or "
+            "compare partitions by --partition entropy"
+        )
+    changed = replace(
+        config,
+        policy=PolicyConfig(kind="entropy", sizes=policy.sizes),
+        thresholds=replace(config.thresholds, merge=policy.merge),
+        points=(),
+    )
+    other = Segmenter.build(changed).to(model.device, model.dtype)
+    # The policy was all that it does not need, and the new one learns nothing.
+    weights = {
+        name: part for name, part in model.state_dict().items() if not name.startswith("policy.")
+    }
+    other.load_state_dict(weights)
+    return other.eval()
 
 
 def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:

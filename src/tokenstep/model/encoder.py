@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenstep.core.attention import Attend, Attended, Hidden
 from tokenstep.core.ragged import rows_of
@@ -33,6 +33,7 @@ class Trace:
 
     attention: list[Rows] = field(default_factory=list)  # that entered each block
     mlp: list[Rows] = field(default_factory=list)  # that entered its MLP
+    prefix: list[int] = field(default_factory=list)  # of these, rows without a cell
     asked: list[Asked] = field(default_factory=list)
 
 
@@ -80,6 +81,7 @@ class Encoder(nn.Module):
             if tokens.anchor is not rows:  # some have left or merged
                 rotary, rows = self.host.rotary(self, tokens), tokens.anchor
             trace.attention.append(segments.lengths)
+            trace.prefix.append(tokens.prefix)
             cells = tokens.size if settings.size_bias else None
             attend = Attend(
                 segments,
@@ -96,6 +98,12 @@ class Encoder(nn.Module):
             tokens = _reduced(tokens, behind, trace)
         tokens = tokens.rejoined()
         return tokens.with_features(self.host.norm(self, tokens.x)), trace
+
+
+def largest_of(trunk: nn.Module) -> Tensor:
+    """The largest weight of the linear layers of a trunk: of an MLP, as ViTs are."""
+    weights = [part.weight for part in trunk.modules() if isinstance(part, nn.Linear)]
+    return max(weights, key=Tensor.numel)
 
 
 def _reduced(

@@ -24,6 +24,7 @@ class Result:
     patch: int  # pixels a side
     milliseconds: dict[str, float]  # of each stage of the model, in order, per picture of the batch
     windows: int = 1  # that the picture was cut into
+    seen: NDArray[np.uint8] | None = None  # (h, w, 3) on which the tokens lie, if not the picture
     scaled_to: tuple[int, int] | None = None  # (w, h) that the model saw, of a larger picture
 
     def enlarged(self, width: int, height: int) -> "Result":

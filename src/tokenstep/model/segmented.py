@@ -16,19 +16,15 @@ from tokenstep.reducers.base import Drop, Halt
 
 
 @dataclass(frozen=True, eq=False)
-class Segmented:
-    """What a forward returns: logits of the live tokens, and where each token speaks."""
+class Encoded:
+    """What the blocks made of a batch, and where each of its tokens lies."""
 
     tokens: PackedTokens  # after the last block
-    logits: Tensor  # (T, S, C) of the live rows; halted ones keep theirs in tokens.halted
     partition: Tensor  # (B, H, W) int8: the cell lies in a superpatch of side 2 ** level
     trace: Trace  # rows of each picture in each block, and where reducers were asked
     sizes: tuple[tuple[int, int], ...]  # (h, w) of each picture
     patch: int  # pixels a side
-    prefix: int  # CLS and register rows of each picture
     scored: bool  # whether the policy's scores made the partition
-    flow: str  # the dataflow that it came by
-    finite: Tensor | None  # () bool, whether the policy's scores are, where nobody looked yet
 
     def grid(self, index: int) -> Grid:
         """Patch grid (H, W) of picture ``index``."""
@@ -45,8 +41,26 @@ class Segmented:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Row of :attr:`values` that speaks for each cell, ``(B, H, W)`` int64; -1 outside."""
+        """Row that speaks for each cell, ``(B, H, W)`` int64, the halted last; -1 outside."""
         return rows_of_cells(self.tokens)
+
+    @property
+    def live(self) -> tuple[Rows, ...]:
+        """Rows of each picture that entered each block, prefix rows too."""
+        return tuple(self.trace.attention)
+
+    def end(self, index: int) -> int:
+        """Rows of picture ``index`` that the decoder sees: live or dropped, prefix rows too."""
+        return self.tokens.segments.lengths[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented(Encoded):
+    """What a forward returns: logits of the live tokens, and where each token speaks."""
+
+    logits: Tensor  # (T, S, C) of the live rows; halted ones keep theirs in tokens.halted
+    flow: str  # the dataflow that it came by
+    finite: Tensor | None  # () bool, whether the policy's scores are, where nobody looked yet
 
     @property
     def values(self) -> list[Tensor]:
@@ -58,15 +72,6 @@ class Segmented:
     def side(self) -> int:
         """Sub-cells of a token, a side."""
         return int(self.logits.shape[1] ** 0.5 + 0.5)
-
-    @property
-    def live(self) -> tuple[Rows, ...]:
-        """Rows of each picture that entered each block, prefix rows too."""
-        return tuple(self.trace.attention)
-
-    def end(self, index: int) -> int:
-        """Rows of picture ``index`` that the decoder sees: live or dropped, prefix rows too."""
-        return self.tokens.segments.lengths[index]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,16 +105,19 @@ def first_cells(owner: NDArray[np.int64]) -> NDArray[np.int64]:
     return first[token].reshape(owner.shape)
 
 
-def token_uses(segmented: Segmented, exits: Sequence[int], maps: CellMaps) -> list[TokenUse]:
+def token_uses(encoded: Encoded, exits: Sequence[int], maps: CellMaps) -> list[TokenUse]:
     """Where the tokens of each picture of a batch went; ``exits`` are those of the model."""
-    return [_token_use(segmented, maps, place, exits) for place in range(len(segmented.sizes))]
+    return [_token_use(encoded, maps, place, exits) for place in range(len(encoded.sizes))]
 
 
-def _token_use(segmented: Segmented, maps: CellMaps, place: int, exits: Sequence[int]) -> TokenUse:
-    height, width = segmented.grid(place)
+def _token_use(encoded: Encoded, maps: CellMaps, place: int, exits: Sequence[int]) -> TokenUse:
+    height, width = encoded.grid(place)
     own = (place, slice(height), slice(width))
     end = maps.end[own]
-    trace, prefix = segmented.trace, segmented.prefix
+    trace = encoded.trace
+    live = [
+        rows[place] - prefix for rows, prefix in zip(trace.attention, trace.prefix, strict=True)
+    ]
     halted = dict.fromkeys(exits, 0)
     dropped = 0
     for asked in trace.asked:
@@ -120,13 +128,13 @@ def _token_use(segmented: Segmented, maps: CellMaps, place: int, exits: Sequence
             dropped += gone
     return TokenUse(
         grid=height * width,
-        start=segmented.live[0][place] - prefix,
-        end=segmented.end(place) - prefix - dropped,
+        start=live[0],
+        end=encoded.end(place) - encoded.tokens.prefix - dropped,
         halted=halted,
         level=maps.level[own].copy(),
         layer=end >> 1,
         dropped=end % 2 > 0,
-        depth=len(segmented.live),
+        depth=len(live),
         owner=first_cells(maps.owner[own].astype(np.int64)),
-        live=tuple(rows[place] - prefix for rows in segmented.live),
+        live=tuple(live),
     )

@@ -20,6 +20,7 @@ from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import CostCounter
 from tokenstep.model.dataflow import DATAFLOWS, Dataflow, flow_for
 from tokenstep.model.decoder import MaskDecoder
+from tokenstep.model.encoder import largest_of
 from tokenstep.model.folder import ModelFolder
 from tokenstep.model.normalise import Normalise
 from tokenstep.model.precision import dtype_for, name_of
@@ -50,6 +51,8 @@ class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation
 
     The parts are handed in; :meth:`build` makes them from the settings alone.
     """
+
+    resizes = False  # pictures are segmented at the size they have
 
     # The annotation is a string so that the hub mixin hands config.json over as a plain dict:
     # its own conversion knows neither nested settings nor tuples.
@@ -132,7 +135,6 @@ class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation
             trace=trace,
             sizes=tuple(sizes),
             patch=self.patch,
-            prefix=self.tokenise.prefix_count,
             scored=plan is not None,
             flow=flow,
             finite=None if counts is None else finite,
@@ -243,6 +245,16 @@ class Segmenter(ModelFolder, library_name="tokenstep", tags=["image-segmentation
     def parts(self) -> Parts:
         """The parts, one per stage."""
         return Parts(self.policy, self.tokenise, self.encoder, self.exits, self.decoder)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the ViT."""
+        return len(self.encoder.host_blocks())
+
+    @property
+    def largest(self) -> Tensor:
+        """The weight of the largest product of a block."""
+        return largest_of(self.encoder)
 
     @property
     def dtype(self) -> torch.dtype:

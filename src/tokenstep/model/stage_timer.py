@@ -24,7 +24,7 @@ class StageTimer:
     def __init__(self, normalise: nn.Module, parts: Parts, device: torch.device) -> None:
         self.normalise = normalise
         self.parts = parts
-        self.clock = _Clock(device)
+        self.clock = Clock(device)
         self.thread = get_ident()  # another thread may run the same model
         self.hooks: list[Any] = []
         self.first = 1  # block of the group that runs
@@ -93,7 +93,7 @@ class StageTimer:
         self.first = last + 1
 
 
-class _Clock:
+class Clock:
     """Marks in time; on a GPU they are events, so that no stage waits for its own end."""
 
     def __init__(self, device: torch.device) -> None:

@@ -153,3 +153,8 @@ class EntropyPolicy(Policy):
 def threshold_of(bits: float) -> float:
     """The threshold, 0 to 1, that merges superpatches of less than ``bits`` of entropy."""
     return min(1.0, max(0.0, 1 - bits / BITS))
+
+
+def bits_of(threshold: float) -> float:
+    """The bits of entropy, 0 to :data:`BITS`, that a threshold stands for."""
+    return BITS * (1 - threshold)

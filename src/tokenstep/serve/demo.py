@@ -17,7 +17,7 @@ from tokenstep.data.pictures import picture_size
 from tokenstep.data.scaling import MaxSide, side_for
 from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
-from tokenstep.model.segmenter import Segmenter
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.serve import summary
 from tokenstep.serve.files import Report, SegmentJob, segment_files
 from tokenstep.serve.reports import classes_of, header
@@ -34,7 +34,7 @@ class Demo:
     "auto" is each model's own scale, None takes them as they are.
     """
 
-    models: Mapping[str, Segmenter]
+    models: Mapping[str, AnySegmenter]
     max_side: MaxSide = "auto"
 
     def side(self, name: str) -> int | None:
@@ -54,21 +54,21 @@ class Shown:
     downloads: tuple[Path, ...]  # label map, overlay, token map, report
 
 
-def warm_up(model: Segmenter) -> None:
+def warm_up(model: AnySegmenter) -> None:
     """Run a model once each way, so that no picture's time holds what only a first call costs."""
     blank = torch.zeros(3, 256, 256, dtype=torch.uint8)
     for thresholds in (model.config.thresholds, DENSE):
         model.segment_batch([blank], thresholds=thresholds)
 
 
-def knob_of(model: Segmenter) -> tuple[float, float]:
+def knob_of(model: AnySegmenter) -> tuple[float, float]:
     """The knob's largest value, and where it starts, in points of mIoU."""
     points = model.config.points
     top = max(1, math.ceil(max((point.loss for point in points), default=0)))
     return float(top), 0.5 if points else 0.0
 
 
-def promise(model: Segmenter, max_loss: float) -> str:
+def promise(model: AnySegmenter, max_loss: float) -> str:
     """Which operating point the knob takes, and what that was measured to lose.
 
     Raises:
@@ -131,9 +131,9 @@ def show(demo: Demo, upload: Path, *, name: str, max_loss: float, out: Path) -> 
     )
 
 
-def machine_of(model: Segmenter) -> str:
+def machine_of(model: AnySegmenter) -> str:
     """What a model runs on, in words."""
-    device = next(model.parameters()).device
+    device = model.device
     return str(device) if device.type != "cpu" else f"CPU threads: {torch.get_num_threads()}"
 
 
@@ -162,7 +162,7 @@ def figures(report: Mapping[str, Any]) -> str:
     return "\n".join(table)
 
 
-def _segment(model: Segmenter, picture: Path, job: SegmentJob) -> Report:
+def _segment(model: AnySegmenter, picture: Path, job: SegmentJob) -> Report:
     (entry,) = segment_files(model, [picture], job)
     if "error" in entry:
         raise TokenstepError(entry["error"])

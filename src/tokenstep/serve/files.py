@@ -20,8 +20,8 @@ from tokenstep.data.pictures import read_picture, to_tensor
 from tokenstep.data.scaling import scaled_down
 from tokenstep.data.whole_files import write_whole
 from tokenstep.errors import TokenstepError
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.result import Result
-from tokenstep.model.segmenter import Segmenter
 from tokenstep.model.spending import as_keyword
 from tokenstep.serve.windows import WINDOW, fits, segment_tiled
 
@@ -64,7 +64,7 @@ class _Segmented:
     dense: Result | None  # where the job compares
 
 
-def segment_files(model: Segmenter, paths: Sequence[Path], job: SegmentJob) -> Iterator[Report]:
+def segment_files(model: AnySegmenter, paths: Sequence[Path], job: SegmentJob) -> Iterator[Report]:
     """Segment files and write ``NAME.labels.png``, ``NAME.overlay.jpg`` and ``NAME.tokens.jpg``.
 
     Yields one entry per picture in the order of ``paths``, whose ``name`` is the NAME of its
@@ -180,7 +180,7 @@ def _read(path: Path, name: str, max_side: int | None) -> Report | _Picture:
 
 
 def _segment_group(
-    model: Segmenter, group: Sequence[Report | _Picture], job: SegmentJob
+    model: AnySegmenter, group: Sequence[Report | _Picture], job: SegmentJob
 ) -> list[Report | _Segmented]:
     """Segment what could be read of a group."""
     done = iter(_segment(model, [one for one in group if isinstance(one, _Picture)], job))
@@ -188,7 +188,7 @@ def _segment_group(
 
 
 def _segment(
-    model: Segmenter, pictures: Sequence[_Picture], job: SegmentJob
+    model: AnySegmenter, pictures: Sequence[_Picture], job: SegmentJob
 ) -> list[Report | _Segmented]:
     """Segment a batch; if that fails, each picture alone, so that the others go on."""
     if not pictures:
@@ -218,7 +218,7 @@ def _segment(
 
 
 def _results(
-    model: Segmenter, images: Sequence[Tensor], spending: Spending, tile: int | None
+    model: AnySegmenter, images: Sequence[Tensor], spending: Spending, tile: int | None
 ) -> list[Result]:
     """Results of a batch, or of one picture after the other in windows of ``tile``."""
     if tile is None or all(max(image.shape) <= tile for image in images):
@@ -287,8 +287,9 @@ def _rounded(milliseconds: dict[str, float]) -> dict[str, float]:
 def _write_pictures(result: Result, image: Image.Image, out: Path, name: str) -> None:
     """Write label map, overlay and token map of a picture, which may have been scaled down."""
     labels = palette_image(result.labels, result.palette)
+    under = image if result.scaled_to is None else image.resize(result.scaled_to)
     tokens = token_map(
-        image if result.scaled_to is None else image.resize(result.scaled_to),
+        under if result.seen is None else Image.fromarray(result.seen),
         level=result.tokens.level,
         layer=result.tokens.layer,
         patch=result.patch,

@@ -19,6 +19,7 @@ from tokenstep.core.attention import pick_backend
 from tokenstep.core.partition import grid_of
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.machine import available_bytes
+from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.cost import Cost
 from tokenstep.model.dataflow import flow_for
 from tokenstep.model.grid import PIXEL_FLOATS
@@ -45,12 +46,12 @@ class Span(NamedTuple):
     last: int  # exclusive, as ``end``
 
 
-def unit_of(model: Segmenter) -> int:
+def unit_of(model: AnySegmenter) -> int:
     """Pixels a side of the largest superpatch, in whose multiples windows are laid."""
     return model.patch * max(model.config.policy.sizes, default=1)
 
 
-def require_side(model: Segmenter, side: int) -> None:
+def require_side(model: AnySegmenter, side: int) -> None:
     """Refuse windows too small for a model.
 
     Raises:
@@ -81,14 +82,17 @@ def spans(length: int, side: int, unit: int) -> list[Span]:
     return [Span(*one) for one in zip(starts, ends, [0, *cuts], [*cuts, length], strict=True)]
 
 
-def fits(model: Segmenter, pictures: Sequence[Tensor]) -> bool:
+def fits(model: AnySegmenter, pictures: Sequence[Tensor]) -> bool:
     """Whether a batch ``(3, h, w)`` fits into the memory that is free, where that is known.
 
-    A single picture within one window is always tried as it is.
+    A single picture within one window is always tried as it is, and so is whatever a model brings
+    to a size of its own.
     """
+    if not isinstance(model, Segmenter):
+        return True
     if len(pictures) == 1 and max(pictures[0].shape) <= WINDOW:
         return True
-    free = available_bytes(next(model.parameters()).device)
+    free = available_bytes(model.device)
     return free is None or needed_bytes(model, pictures) < free
 
 
@@ -110,7 +114,7 @@ def needed_bytes(model: Segmenter, pictures: Sequence[Tensor]) -> int:
 
 @torch.inference_mode()
 def segment_tiled(
-    model: Segmenter, picture: Tensor, *, side: int, spending: Spending, batch: int = 1
+    model: AnySegmenter, picture: Tensor, *, side: int, spending: Spending, batch: int = 1
 ) -> Result:
     """Segment ``picture (3, h, w)`` in windows of at most ``side`` pixels, ``batch`` at a time.
 
