@@ -258,6 +258,7 @@ def test_calls_that_do_not_fit_it_are_refused(folder: Path, tmp_path: Path) -> N
     both = ["--policy", "entropy", "--accelerator", data]
     assert "give one of both" in refused("segment", picture, *own, *both)
     assert "--data" in refused("explain", *own, "--data", data, "--out", tmp_path / "o")
+    assert "--tile" in refused("segment", picture, *own, "--tile", 512)
     for options in (["--rival", "torch"], ["--backbone", "vit_tiny_patch16_224"]):
         assert options[0] in refused("bench", picture, *own, *options)
     oracle = ["--partition", "oracle", "--policy", "entropy"]

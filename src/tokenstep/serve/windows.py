@@ -55,8 +55,11 @@ def require_side(model: AnySegmenter, side: int) -> None:
     """Refuse windows too small for a model.
 
     Raises:
-        TokenstepError: ``side`` is less than four of the largest superpatches.
+        TokenstepError: ``side`` is less than four of the largest superpatches, or the model brings
+            whatever it is given to a size of its own.
     """
+    if model.resizes:
+        raise TokenstepError(f"tile {side}: this model has windows of its own; leave --tile out")
     unit = unit_of(model)
     if side < 4 * unit:
         raise TokenstepError(
