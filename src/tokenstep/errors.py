@@ -15,3 +15,10 @@ class Terminated(SystemExit):
     def __init__(self, message: str) -> None:
         super().__init__(143)
         self.message = message
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a GPU or torch's allocator for CPUs had no memory left."""
+    # The last has no type of its own, and torch is not imported for its name alone.
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return named or isinstance(error, MemoryError)

@@ -38,7 +38,7 @@ def from_text(kinds: Mapping[str, type[Any]], text: str, what: str) -> Any:
         if not settings.isprintable():
             raise ValueError("more than a line")
         given: dict[str, Any] = tomllib.loads(f"settings = {{{settings}}}")["settings"]
-    except ValueError as error:  # TOML's own is one
+    except (ValueError, RecursionError) as error:  # TOML's own is the first
         raise TokenstepError(
             f"{what} {name}: give settings as {name}:KEY=VALUE,KEY=VALUE, of {known}; a list as "
             "[4,7]"
@@ -77,7 +77,10 @@ def _convert(kind: Any, value: object, where: str) -> object:
     if origin is dict:
         return _mapping(args, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise TokenstepError(f"{where}: expected float, got a number too large") from error
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TokenstepError(f"{where}: expected {kind.__name__}, got {value!r}")
     return value

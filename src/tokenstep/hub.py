@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from tokenstep.accelerated.accelerate import accelerate, vit_of
+from tokenstep.accelerated.accelerator import FILE as ACCELERATOR
 from tokenstep.accelerated.accelerator import read_accelerator
 from tokenstep.errors import TokenstepError
 from tokenstep.model.any_segmenter import AnySegmenter
@@ -120,6 +121,11 @@ def source_of(name: Name) -> str:
     if str(name) in shipped_models() and not (path / CONFIG).is_file():
         path = SHIPPED / str(name)
     if path.is_dir():
+        if (path / ACCELERATOR).is_file() and not (path / CONFIG).is_file():
+            raise TokenstepError(
+                f"{path}: is an accelerator, not a model; give it beside the model that it is for, "
+                "as --accelerator or accelerator="
+            )
         if not (path / CONFIG).is_file():
             raise TokenstepError(f"{path}: holds no model ({CONFIG} is missing)")
     elif str(name).count("/") != 1 or str(name).startswith((".", "/")):
@@ -138,7 +144,7 @@ def is_foreign(source: str) -> bool:
         if not Path(source).is_dir():
             path = Path(hf_hub_download(source, CONFIG))
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and "model_type" in data
 

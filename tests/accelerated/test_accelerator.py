@@ -1,6 +1,8 @@
 """An accelerator: saved without the model, and put on top of its unchanged weights again."""
 
+import copy
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,8 +115,12 @@ def test_max_loss_takes_the_cheapest_point_that_holds_it(tmp_path: Path) -> None
         return float(threshold)
 
     assert [merge(loss) for loss in (3, 2, 1, 0.5)] == pytest.approx([0.2, 0.2, 0.5, 0.9])
-    with pytest.raises(TokenstepError, match=r"no point measured to lose at most 0\.05"):
-        merge(0.05)
+    for loss in (0, 0.05):
+        dense = tokenstep.accelerate(model, PROCESSOR, accelerator=tmp_path, max_loss=loss)
+        assert dense.run.policy is None and not dense.run.reducers
+    again = tmp_path / "again"
+    tokenstep.accelerate(model, PROCESSOR, accelerator=tmp_path).save_pretrained(again)
+    assert read_accelerator(again).points == points, "what was measured stays with it"
     with pytest.raises(TokenstepError, match="max_loss"):
         tokenstep.accelerate(model, PROCESSOR, max_loss=0.5)
 
@@ -142,6 +148,37 @@ def test_a_model_of_transformers_is_loaded_with_an_accelerator_and_ours_without(
         tokenstep.load(tmp_path / "theirs")
     with pytest.raises(TokenstepError, match="is one of tokenstep"):
         tokenstep.load(ours, accelerator=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sizes": [3]},
+        {"sizes": [2, 2**40]},
+        {"thresholds": {"merge": [10**400, 0.5]}},
+        {"thresholds": {"reducers": ["zebra"]}},
+        {"thresholds": {"reducers": ["exits:thresholds=[0.5]"]}},
+        {"wheels": 4},
+    ],
+)
+def test_wrong_settings_name_the_file(changes: dict[str, Any], tmp_path: Path) -> None:
+    tokenstep.accelerate(dinov2(), PROCESSOR, **REDUCED).save_pretrained(tmp_path)
+    path = tmp_path / "accelerator.json"
+    data = json.loads(path.read_text())
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(data))
+    with pytest.raises(TokenstepError, match=r"accelerator\.json: "):
+        read_accelerator(tmp_path)
+
+
+def test_nothing_of_a_training_step_is_kept() -> None:
+    cheap: Any = tokenstep.accelerate(dinov2(), PROCESSOR, **REDUCED)
+    cheap(pictures()).last_hidden_state.sum().backward()
+    tokens = cheap.run.encoded.tokens
+    assert tokens.x.grad_fn is None and tokens.x.numel() == 0
+    assert tokens.dropped is not None and tokens.dropped.x.grad_fn is None
+    copy.deepcopy(cheap)
 
 
 def test_a_card_of_somebodys_own_stays(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Segmentation models of transformers as commands take them: by their own processors."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from commands import call, refused
 from PIL import Image
@@ -13,6 +16,8 @@ from samples import labelled_folder, pattern, save_pattern
 from support import scramble
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenstep.accelerated.cost import macs_of
+from tokenstep.accelerated.load import load_foreign
 from tokenstep.accelerated.segmenter import AcceleratedSegmenter, beside
 from tokenstep.config import DENSE, Budget, Thresholds
 from tokenstep.errors import TokenstepError
@@ -266,3 +271,119 @@ def test_calls_that_do_not_fit_it_are_refused(folder: Path, tmp_path: Path) -> N
     assert "is one of transformers" in refused(
         "calibrate", *own, "--data", data, "--split", "test", "--out", tmp_path / "c"
     )
+
+
+def test_pictures_that_hang_over_whole_patches_have_whole_maps(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model, _ = uper_net()
+    processor = transformers.SegformerImageProcessor(size={"height": 61, "width": 99}, **HALF)
+    for thresholds in (DENSE, MERGING):
+        (result,) = AcceleratedSegmenter(model, processor).segment_batch(
+            [photos()[0]], thresholds=thresholds
+        )
+        assert result.tokens.level.shape == (7, 12) and result.tokens.grid == 84
+        assert result.seen is not None and result.seen.shape == (56, 96, 3)
+
+
+def test_a_picture_that_its_processor_does_not_take_is_one_line() -> None:
+    torch.manual_seed(3)
+    model, _ = uper_net()
+    processor = transformers.SegformerImageProcessor(do_resize=False, **HALF)
+    segmenter = AcceleratedSegmenter(model, processor)
+    for thresholds in (DENSE, MERGING):
+        with pytest.raises(TokenstepError, match=r"pictures? .*1"):
+            segmenter.segment_batch([pattern(1, 1)], thresholds=thresholds)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+        {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
+    ],
+)
+def test_the_policy_sees_pixels_as_they_were_however_they_are_normalised(
+    changes: dict[str, Any],
+) -> None:
+    torch.manual_seed(3)
+    model, _ = uper_net()
+    given = {"size": {"height": 64, "width": 96}, **HALF, **changes}
+    processor = transformers.SegformerImageProcessor(**given)
+    (result,) = AcceleratedSegmenter(model, processor).segment_batch(
+        [photos()[0]], thresholds=MERGING
+    )
+    plain = transformers.SegformerImageProcessor(size={"height": 64, "width": 96}, **HALF)
+    (expected,) = AcceleratedSegmenter(model, plain).segment_batch(
+        [photos()[0]], thresholds=MERGING
+    )
+    assert np.array_equal(result.tokens.level, expected.tokens.level)
+    assert result.seen is not None and expected.seen is not None
+    assert np.abs(result.seen.astype(int) - expected.seen).max() <= 1
+
+
+def test_threads_may_share_a_model() -> None:
+    torch.manual_seed(3)
+    model = AcceleratedSegmenter(*uper_net())
+    spendings = [DENSE, MERGING, Thresholds(reducers=("tome:share=0.2",))] * 3
+
+    def cost(thresholds: Thresholds) -> float:
+        (result,) = model.segment_batch(photos()[:1], thresholds=thresholds)
+        return result.cost.total
+
+    alone = [cost(thresholds) for thresholds in spendings]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(cost, spendings)) == alone
+
+
+def test_a_16_bit_folder_is_costed_as_its_32_bit_original(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model, processor = uper_net()
+    full = macs_of(model, (64, 96))
+    model.half().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert macs_of(load_foreign(str(tmp_path))[0], (64, 96)) == full
+
+
+def copied(folder: Path, where: Path) -> Path:
+    return Path(shutil.copytree(folder, where / "copy"))
+
+
+def test_no_code_and_no_pickle_of_a_folder_is_run(folder: Path, tmp_path: Path) -> None:
+    evil = copied(folder, tmp_path)
+    touched = tmp_path / "touched"
+    (evil / "evil.py").write_text(f"open({str(touched)!r}, 'w')\nclass Evil: pass\n")
+    preprocessor = evil / "preprocessor_config.json"
+    kept = preprocessor.read_text()
+    named = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    preprocessor.write_text(json.dumps(named))
+    with pytest.raises(TokenstepError, match="cannot be loaded"):
+        load_foreign(str(evil))
+    assert not touched.exists()
+    preprocessor.write_text(kept)
+    (evil / "model.safetensors").rename(evil / "weights.bin")
+    index = {"metadata": {}, "weight_map": {"query.weight": "weights.bin"}}
+    (evil / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TokenstepError, match=r"names weights\.bin, which is no safetensors"):
+        load_foreign(str(evil))
+
+
+def test_a_damaged_folder_is_one_line_that_names_it(folder: Path, tmp_path: Path) -> None:
+    broken = copied(folder, tmp_path)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[:-100])
+    assert str(broken) in refused("segment", broken, "--model", broken)
+    held = safetensors.torch.load(weights)
+    held.pop("query.weight")
+    safetensors.torch.save_file(held, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TokenstepError, match=r"lack 1 of the model's.*query\.weight"):
+        load_foreign(str(broken))
+
+
+def test_classes_without_a_name_are_refused() -> None:
+    model, processor = uper_net()
+    model.config.id2label = {0: "road", 2: "sky"}
+    with pytest.raises(TokenstepError, match="id2label"):
+        AcceleratedSegmenter(model, processor)

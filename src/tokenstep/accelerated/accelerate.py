@@ -53,7 +53,7 @@ def accelerate(
             "accelerate: needs transformers: pip install 'tokenstep[hf]'"
         ) from error
 
-    inner = vit_of(model)
+    inner, known = vit_of(model), None
     if accelerator is not None:
         if policy is not None or reducers:
             raise TokenstepError("accelerate: an accelerator has its own policy and reducers")
@@ -66,14 +66,15 @@ def accelerate(
             "accelerate: max_loss chooses among the measured points of an accelerator: give one, "
             "or policy and reducers"
         )
+    cheap = accelerated_of(inner, processor, policy, reducers)
+    cheap.points = () if known is None else known.points
     if inner is model:
-        return cast(M, accelerated_of(model, processor, policy, reducers))
+        return cast(M, cheap)
     changed = copy.copy(model)
     # Dictionaries of its own, so that the user's model keeps its backbone and its hooks.
     for held, value in vars(model).items():
         if held.startswith("_") and isinstance(value, dict):
             changed.__dict__[held] = copy.copy(value)
-    cheap = accelerated_of(inner, processor, policy, reducers)
     changed.backbone = cheap
     cast(Any, changed).save_pretrained = cheap.save_pretrained
     return changed

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from numbers import Real
 from pathlib import Path
 from typing import cast
 from warnings import warn
@@ -20,8 +21,9 @@ from tokenstep.config import DENSE, OperatingPoint, Thresholds
 from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
-from tokenstep.model.card import CARD
+from tokenstep.model.card import OURS, write_card
 from tokenstep.policies.entropy import Entropy, bits_of
+from tokenstep.reducers.named import reducer_of
 
 FILE = "accelerator.json"
 
@@ -61,20 +63,22 @@ class Accelerator:
     points: tuple[OperatingPoint, ...] = ()
 
     def at(self, max_loss: float | None) -> Thresholds:
-        """What to run at to lose at most ``max_loss`` points; its own if None.
+        """What to run at to lose at most ``max_loss`` points; its own if None, dense for 0.
+
+        It is dense too where no point was measured to lose so little.
 
         Raises:
-            TokenstepError: it has no point that was measured to lose so little.
+            TokenstepError: it has no points, or ``max_loss`` is no number of them.
         """
         if max_loss is None:
             return self.thresholds
-        within = [point for point in self.points if point.loss <= max_loss]
-        if not within:
-            raise TokenstepError(
-                f"accelerator: has no point measured to lose at most {max_loss:g} points; leave "
-                "max_loss out"
-            )
-        return min(within, key=lambda point: point.gmac).thresholds
+        if not (isinstance(max_loss, Real) and max_loss >= 0):
+            raise TokenstepError(f"max_loss is {max_loss!r}: give 0 or more points, as 0.5")
+        if max_loss > 0 and not self.points:
+            raise TokenstepError("accelerator: no points were measured of it; leave max_loss out")
+        within = [point for point in self.points if point.loss <= max_loss and max_loss > 0]
+        cheapest = min(within, key=lambda point: point.gmac, default=None)
+        return DENSE if cheapest is None else cheapest.thresholds
 
     def policy(self, thresholds: Thresholds) -> Entropy | None:
         """The policy that merges by ``thresholds``."""
@@ -109,18 +113,22 @@ class Accelerator:
         """
         text = json.dumps(dataclasses.asdict(self), indent=1)
         write_text(Path(folder) / FILE, text + "\n")
-        if not (Path(folder) / CARD).exists():
-            write_text(Path(folder) / CARD, self._card())
+        write_card(Path(folder), self._card())
 
     def _card(self) -> str:
         merging = self.policy(self.thresholds)
+        what = "none"
+        if merging is not None:
+            bits = ", ".join(f"{one:.4g}" for one in merging.bits)
+            sides = ", ".join(f"{side}x{side}" for side in merging.sizes)
+            what = f"below {bits} bits of entropy, for sides of {sides} patches"
         lines = [
             *("---", "library_name: tokenstep", "tags: [token-merging]", "---", ""),
-            *("# An accelerator", ""),
-            f"It makes a {self.base.kind} of {self.base.weights:,} weights (sha256 "
-            f"{self.base.sha256[:12]}) cheaper; the model itself is not in it.",
+            *(OURS, "", "# An accelerator", ""),
+            f"It makes models of the type {self.base.kind} with {self.base.weights:,} weights "
+            f"(sha256 {self.base.sha256[:12]}) cheaper; the model itself is not in it.",
             "",
-            f"- superpatches before the first block: {merging or 'none'}",
+            f"- superpatches before the first block: {what}",
             f"- reducers between the blocks: {', '.join(self.thresholds.reducers) or 'none'}",
             "",
             *("```python", "import tokenstep", ""),
@@ -143,10 +151,20 @@ def read_accelerator(source: str | os.PathLike[str]) -> Accelerator:
                 raise FileNotFoundError("no such folder")
             path = Path(hf_hub_download(name, FILE))
         data = cast(object, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TokenstepError(
             f"{source}: holds no accelerator ({reason}): give a folder with {FILE}, as "
             "save_pretrained of an accelerated model writes it"
         ) from error
-    return from_dict(Accelerator, data, f"{source}/{FILE}")
+    where = f"{source}/{FILE}"
+    read = from_dict(Accelerator, data, where)
+    try:
+        for thresholds in (read.thresholds, *(point.thresholds for point in read.points)):
+            read.policy(thresholds)
+            for text in thresholds.reducers:
+                if not hasattr(reducer_of(text), "site"):
+                    raise TokenstepError(f"reducer {text}: needs heads that were trained for it")
+    except TokenstepError as fault:
+        raise TokenstepError(f"{where}: {fault}") from fault
+    return read

@@ -91,6 +91,7 @@ def macs_of(model: nn.Module, size: tuple[int, int]) -> int:
     with torch.device("meta"):
         twin: Any = type(whole)(copy.deepcopy(whole.config)).eval()
         pixels = torch.empty(1, 3, *size)
+    twin.float()  # a config may ask for another precision than its parts take alone
     if isinstance(model, EOMT):  # by its values it decides what to run
         twin.attn_mask_probs = whole.attn_mask_probs.detach().cpu()
     counter = FlopCounterMode(display=False)

@@ -12,7 +12,7 @@ from transformers.models.vit.modeling_vit import ViTModel
 
 from tokenstep.accelerated.accelerator import Accelerator, Base
 from tokenstep.accelerated.run import PackedRun
-from tokenstep.config import Thresholds
+from tokenstep.config import OperatingPoint, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.hosts.hf_vit import DINO_V3, HFViT, layers_of
 from tokenstep.hosts.timm_embed import LinearEmbed
@@ -32,6 +32,7 @@ class Accelerated(nn.Module):
         self.original = model
         self.policy = run.policy
         self.run = run
+        self.points: tuple[OperatingPoint, ...] = ()  # of the accelerator that it came from
         self.training = model.training
         if run.policy is not None:
             run.policy.eval()
@@ -53,7 +54,8 @@ class Accelerated(nn.Module):
         if not isinstance(spending, Thresholds):
             raise TokenstepError("accelerator: a budget is not stored; give a policy's thresholds")
         thresholds = Thresholds(merge=spending.merge, reducers=reducers)
-        Accelerator(Base.of(self.original), self.run.sizes, thresholds).save(folder)
+        base = Base.of(self.original)
+        Accelerator(base, self.run.sizes, thresholds, self.points).save(folder)
 
     @staticmethod
     def _own_names(state: dict[str, Any], prefix: str, *_: Any) -> None:

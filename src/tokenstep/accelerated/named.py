@@ -54,9 +54,17 @@ def accelerated_of(
 
 
 def normal_of(processor: Any) -> tuple[Channels, Channels]:
-    """The mean and std by which a processor normalises."""
-    if getattr(processor, "do_normalize", True) is False:
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    """The mean and std, of pixels in 0..1, by which a processor normalises.
+
+    Raises:
+        TokenstepError: it says no mean or std of three numbers.
+    """
+    # What a pixel of 255 has become before the mean is taken from it.
+    full = 255 * getattr(processor, "rescale_factor", 1 / 255)
+    if getattr(processor, "do_rescale", True) is False:
+        full = 255.0
+    if not getattr(processor, "do_normalize", True):
+        return (0.0,) * 3, (1 / full,) * 3
     found = []
     for name in ("image_mean", "image_std"):
         value = getattr(processor, name, None)
@@ -65,5 +73,5 @@ def normal_of(processor: Any) -> tuple[Channels, Channels]:
                 "accelerate: a policy has to know how pictures were normalised: give the model's "
                 f"processor, with three numbers as its {name}"
             )
-        found.append(cast(Channels, tuple(float(one) for one in value)))
+        found.append(cast(Channels, tuple(float(one) / full for one in value)))
     return found[0], found[1]

@@ -127,7 +127,7 @@ class PackedRun:
         encode = Encoder(host, BlockSettings())
         tokens, trace = encode(tokens, [*self.reducers, reading], joining)
         self.encoded = Encoded(
-            tokens=tokens.with_features(tokens.x.detach()),
+            tokens=tokens.without_features(),
             partition=level,
             trace=trace,
             sizes=((height, width),) * len(pixels),

@@ -5,6 +5,7 @@ Its own processor prepares the pictures and makes label maps of its outputs, as 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from tokenstep.accelerated.named import normal_of
 from tokenstep.accelerated.run import PackedRun
 from tokenstep.config import Budget, PolicyConfig, Precision, Spending, Thresholds, VitConfig
 from tokenstep.data.pictures import Picture, picture_tensor
-from tokenstep.errors import TokenstepError
+from tokenstep.errors import TokenstepError, is_out_of_memory
 from tokenstep.model.collected import cell_maps
 from tokenstep.model.config import ModelConfig
 from tokenstep.model.cost import Cost
@@ -59,6 +60,7 @@ class AcceleratedSegmenter:
     ) -> None:
         self.original: Any = model.eval()
         self.processor = processor
+        self._one_at_a_time = Lock()
         vit, kind = vit_of(model), type(model).__name__
         segments = kind.endswith(("ForSemanticSegmentation", "ForUniversalSegmentation"))
         if not (segments and hasattr(processor, "post_process_semantic_segmentation")):
@@ -66,7 +68,10 @@ class AcceleratedSegmenter:
                 f"{kind}: is no semantic segmenter, or its processor has no "
                 "post_process_semantic_segmentation: tokenstep.accelerate makes other models cheap"
             )
-        names: dict[int, str] = cast(Any, model).config.id2label
+        names = cast(Any, model).config.id2label
+        sound = isinstance(names, dict) and sorted(names) == list(range(len(names)))
+        if not (sound and all(isinstance(name, str) for name in names.values())):
+            raise TokenstepError(f"{kind}: its id2label must name the classes 0, 1, 2 ...: {names}")
         sizes = (policy or Entropy()).sizes
         thresholds = Thresholds() if policy is None else Thresholds(merge=policy.merge)
         if accelerator is not None:
@@ -144,7 +149,8 @@ class AcceleratedSegmenter:
         results: list[Result | None] = [None] * len(tensors)
         for size in dict.fromkeys(tensor.shape for tensor in tensors):
             places = [place for place, tensor in enumerate(tensors) if tensor.shape == size]
-            same = self._segmented([tensors[place] for place in places], spending, reducers)
+            with self._one_at_a_time:  # what is spent is a state of the accelerated model
+                same = self._segmented([tensors[place] for place in places], spending, reducers)
             for place, result in zip(places, same, strict=True):
                 results[place] = result
         return cast(list[Result], results)
@@ -156,24 +162,29 @@ class AcceleratedSegmenter:
         asked = [*reducers, *(reducer_of(text) for text in spending.reducers)]
         plain = not asked and not spending.merge
         self.run.spending, self.run.reducers = spending, tuple(cast(list[Reducer], asked))
-        clock, size = Clock(self.device), pictures[0].shape[1:]
+        clock = Clock(self.device)
         clock.start()
-        given = self.processor(images=pictures, return_tensors="pt").to(self.device)
-        clock.end("prepare")
-        outputs = (self.original if plain else self.cheap)(**given)
-        clock.end("model")
-        made = self.processor.post_process_semantic_segmentation(
-            outputs, target_sizes=[tuple(size)] * len(pictures)
-        )
-        labels = [one.to(torch.uint8).cpu().numpy() for one in made]
-        clock.end("label maps")
+        try:
+            given, outputs, labels = self._called(pictures, clock, plain=plain)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            height, width = pictures[0].shape[1:]
+            reason = " ".join(str(error).split())[:200]
+            raise TokenstepError(
+                f"the model or its processor does not take pictures of {width} x {height} px "
+                f"({reason}); scale them"
+            ) from error
         if not all(bool(part.isfinite().all()) for part in outputs.values() if _floats(part)):
             raise TokenstepError("the model produced NaN or infinite outputs: check its weights")
         times = {stage: time / len(pictures) for stage, time in clock.read().items()}
         crops = given.get("patch_offsets") or [[place] for place in range(len(pictures))]
-        pixels = tuple(given["pixel_values"].shape[2:])
-        seen = self._as_seen(given["pixel_values"])
-        uses, costs, whole = self._spent(len(crops), pixels, plain=plain)
+        # What hangs over whole patches is seen by no token.
+        height, width = (
+            side // self.patch * self.patch for side in given["pixel_values"].shape[2:]
+        )
+        seen = self._as_seen(given["pixel_values"][..., :height, :width])
+        uses, costs, whole = self._spent(len(crops), (height, width), plain=plain)
         results = []
         for place in range(len(pictures)):
             own = [crop for crop, offset in enumerate(crops) if offset[0] == place]
@@ -192,10 +203,26 @@ class AcceleratedSegmenter:
             )
         return results
 
+    def _called(
+        self, pictures: list[Tensor], clock: Clock, *, plain: bool
+    ) -> tuple[Any, Any, list[NDArray[np.uint8]]]:
+        """What the processor made of pictures of one size, the outputs, and label maps."""
+        size = tuple(pictures[0].shape[1:])
+        given = self.processor(images=pictures, return_tensors="pt").to(self.device)
+        clock.end("prepare")
+        outputs = (self.original if plain else self.cheap)(**given)
+        clock.end("model")
+        made = self.processor.post_process_semantic_segmentation(
+            outputs, target_sizes=[size] * len(pictures)
+        )
+        labels = [one.to(torch.uint8).cpu().numpy() for one in made]
+        clock.end("label maps")
+        return given, outputs, labels
+
     def _as_seen(self, pixels: Tensor) -> NDArray[np.uint8]:
         """Normalised ``pixels (B, 3, h, w)`` as they look, ``(B, h, w, 3)``."""
-        mean, std = (torch.tensor(one).to(pixels).view(3, 1, 1) for one in self._normal)
-        shown = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        mean, std = (torch.tensor(one, device=pixels.device).view(3, 1, 1) for one in self._normal)
+        shown = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return shown.permute(0, 2, 3, 1).cpu().numpy()
 
     def _spent(

@@ -22,7 +22,7 @@ from tokenstep.cli.options import (
     load_any,
     load_model,
 )
-from tokenstep.cli.spending import Asked, choose, numbers, require_reducers
+from tokenstep.cli.spending import Asked, choose, numbers, require_points, require_reducers
 from tokenstep.errors import TokenstepError
 from tokenstep.measure.settings import PARTITION_SOURCES, Search
 from tokenstep.serve import summary
@@ -185,7 +185,9 @@ def compare_command(
     less: Annotated[
         list[float] | None,
         typer.Option(
-            min=1, help="Also each of these at so many times less compute; may be repeated."
+            min=1,
+            max=1000,
+            help="Also each of these at so much less compute, as 1.5; repeatable.",
         ),
     ] = None,
     choose_on: Annotated[
@@ -210,6 +212,8 @@ def compare_command(
     network = load_any(model, device, threads, accelerator=accelerator, policy=policy)
     thresholds, _ = choose(network, max_loss=max_loss, merge=merge, exits=exits)
     require_reducers(network, reducer or [])
+    if rivals:
+        require_points(network, "--rivals")
     rivalled = [network.config.at(loss)[0] for loss in rivals or []]
     require_same_classes(network, folder)
     choosing = None if choose_on is None else LabelledFolder(data, choose_on)
@@ -229,6 +233,7 @@ def compare_command(
             on_picture=lambda: progress.advance(task),
         )
     head = {"model": model, "data": data.resolve().name, "split": split, "images": len(folder)}
+    head |= {"less": less or [], "costs_matched_on": choose_on or split}
     write_text(out / "compare.json", as_json({**head, "warnings": warnings, "rows": rows}) + "\n")
     text = markdown(rows) + summary.warned(warnings)
     write_text(out / "compare.md", text)

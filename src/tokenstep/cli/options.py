@@ -119,8 +119,13 @@ def load_model(name: str, device: str, threads: int | None) -> "Segmenter":
     Raises:
         TokenstepError: there is no such model or device.
     """
-    from tokenstep.hub import load
+    from tokenstep.hub import is_foreign, load, source_of
 
+    if is_foreign(source_of(name)):
+        raise TokenstepError(
+            f"model {name}: is one of transformers, which this command does not take; compare "
+            "--less measures such a model at several costs"
+        )
     return load(name, device=_ready(device, threads))
 
 

@@ -45,10 +45,24 @@ def choose(
     if dense:
         return DENSE, None
     if max_loss is not None:
+        require_points(model, "--max-loss")
         return model.config.at(max_loss)
     thresholds = _by_hand(model, merge, exits)
     known = (point for point in model.config.points if point.thresholds == thresholds)
     return thresholds, next(known, None)
+
+
+def require_points(model: "AnySegmenter", option: str) -> None:
+    """Refuse to choose among the points of somebody else's model that has none.
+
+    Raises:
+        TokenstepError: says what to give instead, since calibrate does not take it.
+    """
+    if model.resizes and not model.config.points:
+        raise TokenstepError(
+            f"{option}: no points were measured of this model; give --policy and --reducer, or an "
+            "--accelerator that holds points"
+        )
 
 
 def _by_hand(model: "AnySegmenter", merge: str | None, exits: str | None) -> Thresholds:

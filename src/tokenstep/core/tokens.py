@@ -274,6 +274,13 @@ class PackedTokens:
         )
         return leave, rest
 
+    def without_features(self) -> "PackedTokens":
+        """The same with rows of no features, to tell where tokens are: neither memory nor graph."""
+        dropped = self.dropped
+        if dropped is not None:
+            dropped = replace(dropped, x=dropped.x.new_empty(len(dropped.x), 0))
+        return replace(self, x=self.x.new_empty(len(self.x), 0), dropped=dropped)
+
     def rejoined(self) -> "PackedTokens":
         """Bring dropped tokens back as live rows, each behind the others of its picture.
 

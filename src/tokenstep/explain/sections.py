@@ -51,7 +51,7 @@ def picture_sections(
         Section(
             "Superpatches",
             "One token stands for each outlined square. Large squares are where the policy found "
-            "nothing but one class.",
+            "little to tell apart.",
             [_photo(f"{name}.partition", "superpatches over the picture", outlines, view)],
             [report["sizes"]],
             rank=3,

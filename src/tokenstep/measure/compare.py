@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokenstep.config import Thresholds
+from tokenstep.config import DENSE, Thresholds
 from tokenstep.core import partition
 from tokenstep.data.labelled_folder import LabelledFolder
 from tokenstep.measure.quality import Method, measure
@@ -85,7 +85,8 @@ def methods_of(
         methods["oracle partition"] = Method(merging, "oracle", tolerance)
     if thresholds.exits:
         methods["exits alone"] = Method(thresholds.without_merging())
-    methods["STEP"] = Method(thresholds)
+    if thresholds != DENSE:
+        methods["STEP"] = Method(thresholds)
     for point in model.config.points:
         loss = f"{point.loss:.2f} points below the best on {point.split}"
         if point.thresholds != thresholds:

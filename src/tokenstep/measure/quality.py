@@ -92,7 +92,8 @@ def require_same_classes(model: AnySegmenter, folder: LabelledFolder) -> None:
     if folder.classes.names != names:
         raise TokenstepError(
             f"{folder.root}: has the classes {', '.join(folder.classes.names)} but the model was "
-            f"trained for {', '.join(names)}; use a model trained for this data"
+            f"trained for {', '.join(names)}; use a model trained for this data, or give both the "
+            "same names (those of a model of transformers are its id2label)"
         )
 
 

@@ -40,16 +40,22 @@ class Entropy:
     patches of 16 px.
 
     Raises:
-        TokenstepError: there is not one number of bits, 0 or more, for each size.
+        TokenstepError: there is not one number of bits, 0 to 64, for each size, or a size is no
+            power of two, 2 to 1024, or comes twice.
     """
 
     bits: tuple[float, ...] = (5.5, 4.0)
     sizes: tuple[int, ...] = (2, 4)
 
     def __post_init__(self) -> None:
-        sound = len(self.bits) == len(self.sizes) > 0 and all(bits >= 0 for bits in self.bits)
-        if not sound:
-            raise TokenstepError(f"entropy: give bits, 0 or more, for each of sizes, got {self}")
+        sound = len(self.bits) == len(self.sizes) > 0
+        sound = sound and all(0 <= bits <= 64 for bits in self.bits)
+        known = {1 << level for level in range(1, 11)}
+        if not (sound and len({*self.sizes} & known) == len(self.sizes)):
+            raise TokenstepError(
+                "policy entropy: give bits, 0 to 64, for each of sizes, which are powers of two "
+                f"(2 to 1024), got bits {self.bits!s:.80} and sizes {self.sizes!s:.80}"
+            )
 
     @property
     def merge(self) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from tokenstep.data.draw import overlay, palette_image, token_map
 from tokenstep.data.pictures import read_picture, to_tensor
 from tokenstep.data.scaling import scaled_down
 from tokenstep.data.whole_files import write_whole
-from tokenstep.errors import TokenstepError
+from tokenstep.errors import TokenstepError, is_out_of_memory
 from tokenstep.model.any_segmenter import AnySegmenter
 from tokenstep.model.result import Result
 from tokenstep.model.spending import as_keyword
@@ -207,7 +206,7 @@ def _segment(
     except TokenstepError as error:
         reason = str(error)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = "does not fit in memory; give a smaller --tile, or scale it down by --max-side"
     else:
@@ -224,12 +223,6 @@ def _results(
     if tile is None or all(max(image.shape) <= tile for image in images):
         return model.segment_batch(images, **as_keyword(spending))
     return [segment_tiled(model, image, side=tile, spending=spending) for image in images]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator for CPUs has no error type of its own.
-    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return typed or "DefaultCPUAllocator" in str(error)
 
 
 def _failed(path: Path, name: str, reason: str) -> Report:
