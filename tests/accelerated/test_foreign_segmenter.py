@@ -17,8 +17,9 @@ from support import scramble
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenstep.accelerated.cost import macs_of
+from tokenstep.accelerated.crops import beside
 from tokenstep.accelerated.load import load_foreign
-from tokenstep.accelerated.segmenter import AcceleratedSegmenter, beside
+from tokenstep.accelerated.segmenter import AcceleratedSegmenter
 from tokenstep.config import DENSE, Budget, Thresholds
 from tokenstep.errors import TokenstepError
 from tokenstep.policies.entropy import Entropy

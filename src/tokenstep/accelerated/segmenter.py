@@ -3,8 +3,8 @@
 Its own processor prepares the pictures and makes label maps of its outputs, as its user does.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokenstep.accelerated.accelerate import accelerate, vit_of
 from tokenstep.accelerated.accelerator import Accelerator
 from tokenstep.accelerated.cost import ForeignCosts
+from tokenstep.accelerated.crops import beside, total, whole_grid
 from tokenstep.accelerated.named import normal_of
 from tokenstep.accelerated.run import PackedRun
 from tokenstep.config import Budget, PolicyConfig, Precision, Spending, Thresholds, VitConfig
@@ -28,7 +29,7 @@ from tokenstep.model.dense import colours
 from tokenstep.model.encoder import largest_of
 from tokenstep.model.precision import dtype_for
 from tokenstep.model.result import Result
-from tokenstep.model.segmented import TokenUse, first_cells, token_uses
+from tokenstep.model.segmented import TokenUse, token_uses
 from tokenstep.model.spending import spending_of
 from tokenstep.model.stage_timer import Clock
 from tokenstep.policies.entropy import Entropy
@@ -61,17 +62,7 @@ class AcceleratedSegmenter:
         self.original: Any = model.eval()
         self.processor = processor
         self._one_at_a_time = Lock()
-        vit, kind = vit_of(model), type(model).__name__
-        segments = kind.endswith(("ForSemanticSegmentation", "ForUniversalSegmentation"))
-        if not (segments and hasattr(processor, "post_process_semantic_segmentation")):
-            raise TokenstepError(
-                f"{kind}: is no semantic segmenter, or its processor has no "
-                "post_process_semantic_segmentation: tokenstep.accelerate makes other models cheap"
-            )
-        names = cast(Any, model).config.id2label
-        sound = isinstance(names, dict) and sorted(names) == list(range(len(names)))
-        if not (sound and all(isinstance(name, str) for name in names.values())):
-            raise TokenstepError(f"{kind}: its id2label must name the classes 0, 1, 2 ...: {names}")
+        names = classes_of(model, processor)
         sizes = (policy or Entropy()).sizes
         thresholds = Thresholds() if policy is None else Thresholds(merge=policy.merge)
         if accelerator is not None:
@@ -84,9 +75,9 @@ class AcceleratedSegmenter:
         self.exits = ExitHeads((), self.costs.host.dim, len(names), 1)
         mean, std = self._normal = normal_of(processor)
         self.config = ModelConfig(
-            tuple(names[index] for index in range(len(names))),
+            names,
             colours(len(names)),
-            VitConfig(type(vit).__name__, patch=self.patch, depth=self.depth),
+            VitConfig(type(self.costs.vit).__name__, patch=self.patch, depth=self.depth),
             PolicyConfig(kind="entropy", sizes=sizes),
             thresholds=thresholds,
             points=() if accelerator is None else accelerator.points,
@@ -164,17 +155,8 @@ class AcceleratedSegmenter:
         self.run.spending, self.run.reducers = spending, tuple(cast(list[Reducer], asked))
         clock = Clock(self.device)
         clock.start()
-        try:
+        with _told_by_size(pictures[0]):
             given, outputs, labels = self._called(pictures, clock, plain=plain)
-        except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            height, width = pictures[0].shape[1:]
-            reason = " ".join(str(error).split())[:200]
-            raise TokenstepError(
-                f"the model or its processor does not take pictures of {width} x {height} px "
-                f"({reason}); scale them"
-            ) from error
         if not all(bool(part.isfinite().all()) for part in outputs.values() if _floats(part)):
             raise TokenstepError("the model produced NaN or infinite outputs: check its weights")
         times = {stage: time / len(pictures) for stage, time in clock.read().items()}
@@ -236,52 +218,45 @@ class AcceleratedSegmenter:
         return token_uses(encoded, (), cell_maps(encoded)), costs, whole
 
 
+def classes_of(model: nn.Module, processor: Any) -> tuple[str, ...]:
+    """The names of the classes of a segmenter.
+
+    Raises:
+        TokenstepError: the model is none, its processor makes no label maps, or a class has no
+            name.
+    """
+    kind = type(model).__name__
+    segments = kind.endswith(("ForSemanticSegmentation", "ForUniversalSegmentation"))
+    if not (segments and hasattr(processor, "post_process_semantic_segmentation")):
+        raise TokenstepError(
+            f"{kind}: is no semantic segmenter, or its processor has no "
+            "post_process_semantic_segmentation: tokenstep.accelerate makes other models cheap"
+        )
+    names = cast(Any, model).config.id2label
+    sound = isinstance(names, dict) and sorted(names) == list(range(len(names)))
+    if not (sound and all(isinstance(name, str) for name in names.values())):
+        raise TokenstepError(f"{kind}: its id2label must name the classes 0, 1, 2 ...: {names}")
+    return tuple(names[index] for index in range(len(names)))
+
+
 _NO_PARTITION = "the model's processor brings pictures to a grid of its own: give no partition"
+
+
+@contextmanager
+def _told_by_size(picture: Tensor) -> Iterator[None]:
+    """Make what a model or a processor raises of a picture one line; memory stays a fault apart."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        height, width = picture.shape[1:]
+        reason = " ".join(str(error).split())[:200]
+        raise TokenstepError(
+            f"the model or its processor does not take pictures of {width} x {height} px "
+            f"({reason}); scale them"
+        ) from error
 
 
 def _floats(part: Any) -> bool:
     return isinstance(part, Tensor) and part.is_floating_point()
-
-
-def whole_grid(pixels: tuple[int, int], patch: int, depth: int) -> TokenUse:
-    """Where the tokens of a dense picture are: each patch is one, in all blocks."""
-    grid = (pixels[0] // patch, pixels[1] // patch)
-    count = grid[0] * grid[1]
-    return TokenUse(
-        grid=count,
-        start=count,
-        end=count,
-        halted={},
-        level=np.zeros(grid, np.int8),
-        layer=np.full(grid, depth, np.int16),
-        dropped=np.zeros(grid, np.bool_),
-        depth=depth,
-        owner=np.arange(count, dtype=np.int64).reshape(grid),
-        live=(count,) * depth,
-    )
-
-
-def beside(uses: Sequence[TokenUse]) -> TokenUse:
-    """Where the tokens of the crops of a picture went, their maps side by side."""
-    first = uses[0]
-    if len(uses) == 1:
-        return first
-    # Tokens of two crops have names of their own.
-    owners = [use.owner + place * first.owner.size for place, use in enumerate(uses)]
-    return replace(
-        first,
-        grid=sum(use.grid for use in uses),
-        start=sum(use.start for use in uses),
-        end=sum(use.end for use in uses),
-        level=np.concatenate([use.level for use in uses], axis=1),
-        layer=np.concatenate([use.layer for use in uses], axis=1),
-        dropped=np.concatenate([use.dropped for use in uses], axis=1),
-        owner=first_cells(np.concatenate(owners, axis=1)),
-        live=tuple(map(sum, zip(*(use.live for use in uses), strict=True))),
-    )
-
-
-def total(costs: Sequence[Cost]) -> Cost:
-    """The compute of the crops of a picture together."""
-    names = ("policy", "embed", "blocks", "exits", "decoder", "reducers")
-    return Cost(**{name: sum(getattr(cost, name) for cost in costs) for name in names})
