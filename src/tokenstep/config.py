@@ -1,6 +1,7 @@
 """Settings: what the parts of a model are made of, and how it runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from warnings import warn
@@ -147,6 +148,12 @@ class OperatingPoint:
         if self.fixed is None:
             del plain["fixed"]
         return {"settings": plain.pop("thresholds"), **plain}
+
+
+def cheapest_within(points: Sequence[OperatingPoint], max_loss: float) -> OperatingPoint | None:
+    """The cheapest point that was measured to lose at most ``max_loss`` points, if there is one."""
+    within = (point for point in points if point.loss <= max_loss)
+    return min(within, key=lambda point: point.gmac, default=None)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from tokenstep.config import DENSE, OperatingPoint, Thresholds
+from tokenstep.config import DENSE, OperatingPoint, Thresholds, cheapest_within
 from tokenstep.data.whole_files import write_text
 from tokenstep.errors import TokenstepError
 from tokenstep.from_dict import from_dict
@@ -74,10 +74,11 @@ class Accelerator:
             return self.thresholds
         if not (isinstance(max_loss, Real) and max_loss >= 0):
             raise TokenstepError(f"max_loss is {max_loss!r}: give 0 or more points, as 0.5")
-        if max_loss > 0 and not self.points:
+        if max_loss == 0:
+            return DENSE
+        if not self.points:
             raise TokenstepError("accelerator: no points were measured of it; leave max_loss out")
-        within = [point for point in self.points if point.loss <= max_loss and max_loss > 0]
-        cheapest = min(within, key=lambda point: point.gmac, default=None)
+        cheapest = cheapest_within(self.points, max_loss)
         return DENSE if cheapest is None else cheapest.thresholds
 
     def policy(self, thresholds: Thresholds) -> Entropy | None:

@@ -41,11 +41,10 @@ class ForeignCosts:
         trace, size = encoded.trace, encoded.sizes[index]
         halves = zip(trace.attention, trace.mlp, strict=True)
         _, reducers = asked_macs(trace, index, self.blocks, dim=self.host.dim)
-        looked = policy is not None and encoded.scored
         return self._cost(
             size,
             [(before[index], left[index]) for before, left in halves],
-            policy=policy.macs(size) if policy is not None and looked else 0,
+            policy=policy.macs(size) if policy is not None and encoded.scored else 0,
             reducers=reducers,
         )
 

@@ -16,6 +16,7 @@ from tokenstep.config import (
     Spending,
     Thresholds,
     VitConfig,
+    cheapest_within,
     require_normal,
 )
 from tokenstep.errors import TokenstepError
@@ -100,8 +101,7 @@ class ModelConfig:
                 )
             fitting = [(one.gmac, point) for one, point in measured if one.loss <= max_loss]
             return min(fitting, key=lambda pair: pair[0], default=(0.0, None))[1]
-        within = [point for point in self.points if point.loss <= max_loss]
-        return min(within, key=lambda point: point.gmac, default=None)
+        return cheapest_within(self.points, max_loss)
 
     def at(self, max_loss: float) -> tuple[Thresholds, OperatingPoint | None]:
         """What to run at to lose at most ``max_loss`` points, and its point; None with dense.
